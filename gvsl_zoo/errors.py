@@ -1,0 +1,37 @@
+"""Errors: each says what was given, what was expected and how to fix it."""
+
+from __future__ import annotations
+
+
+class GvslZooError(Exception):
+    """Base of every error that the package raises on purpose.
+
+    Args:
+        cause: what was given and why it cannot be used.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, cause: str, remedy: str = "") -> None:
+        super().__init__(f"{cause}; {remedy}" if remedy else cause)
+        self.cause = cause
+        self.remedy = remedy
+
+
+class ArgumentError(GvslZooError, ValueError):
+    """A call whose arguments do not fit together."""
+
+
+class RegistryError(GvslZooError):
+    """A registry file or a model name that cannot be used."""
+
+
+class SourceError(GvslZooError):
+    """Bytes that could not be had from where they should come from."""
+
+
+class WeightsError(GvslZooError):
+    """A weights file that is damaged, dangerous, or not the one that was asked for."""
+
+
+class VolumeError(GvslZooError):
+    """An image file that cannot be read, trusted or written."""

@@ -1,0 +1,100 @@
+"""Losses of GVSL: local normalised cross-correlation, smoothness, restoration (He et al. 2023, sec. 3.1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .errors import ArgumentError
+from .spatial import full_precision
+
+STABILISER = 1e-5  # added to the product of the two window variances; released code
+
+
+def box_sum(x: Tensor, window: int) -> Tensor:
+    """Sum of x (B, C, *shape) over a centred window of `window` voxels an axis, zeros outside.
+
+    One product with a banded matrix an axis: exact to float32 rounding, unlike running sums, and its own adjoint.
+    """
+    for axis in range(2, x.ndim):
+        index = torch.arange(x.shape[axis], device=x.device)
+        band = ((index[:, None] - index).abs() <= window // 2).to(x.dtype)
+        x = x @ band if axis == x.ndim - 1 else (band @ x.flatten(axis + 1)).view(x.shape)
+    return x
+
+
+class _LocalCorrelation(torch.autograd.Function):
+    """cc = cross^2 / (var_a var_b + e) a voxel, all three summed over the window, with its gradient in closed form."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, window: int) -> Tensor:
+        voxels = float(window ** (a.ndim - 2))  # as in the released code, windows count fully at the border
+        sum_a, sum_b, sum_aa, sum_bb, sum_ab = (box_sum(x, window) for x in (a, b, a * a, b * b, a * b))
+        cross = sum_ab.addcmul_(sum_a, sum_b, value=-1 / voxels)
+        var_a = sum_aa.addcmul_(sum_a, sum_a, value=-1 / voxels)
+        var_b = sum_bb.addcmul_(sum_b, sum_b, value=-1 / voxels)
+        product = (var_a * var_b).add_(STABILISER)
+        slope = cross / product  # d cc / d cross, halved
+        cc = slope * cross
+        ctx.save_for_backward(a, b, sum_a, sum_b, slope, cc / product * var_b, cc / product * var_a)
+        ctx.window, ctx.voxels = window, voxels
+        return cc
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        a, b, sum_a, sum_b, slope, pull_a, pull_b = ctx.saved_tensors
+        with full_precision(grad):
+            cross = 2 * grad * slope
+            spread = box_sum(cross, ctx.window)
+            own, other = (a, sum_a, pull_a), (b, sum_b, pull_b)
+            gradients: list[Tensor | None] = []
+            for (x, sum_x, pull), (y, sum_y, _), needed in (
+                (own, other, ctx.needs_input_grad[0]),
+                (other, own, ctx.needs_input_grad[1]),
+            ):
+                if not needed:
+                    gradients.append(None)
+                    continue
+                pulled = 2 * grad * pull
+                mean = box_sum((cross * sum_y - pulled * sum_x) / ctx.voxels, ctx.window)
+                gradients.append(y * spread - x * box_sum(pulled, ctx.window) - mean)
+            return gradients[0], gradients[1], None
+
+
+def local_correlation(a: Tensor, b: Tensor, window: int = 9) -> Tensor:
+    """Squared correlation of a and b (B, C, *shape) in a window about every voxel, in [0, 1], float32.
+
+    Runs in float32 whatever the mixed precision around it: window variances cancel in bf16.
+    """
+    if a.shape != b.shape or a.ndim not in (4, 5) or window % 2 == 0 or window < 1:
+        raise ArgumentError(
+            f"images of shapes {tuple(a.shape)} and {tuple(b.shape)}, window {window}",
+            "expected two of the same shape (B, C, [D,] H, W) and an odd window",
+        )
+    with full_precision(a):
+        return _LocalCorrelation.apply(a.float(), b.float(), window)
+
+
+def local_ncc_loss(a: Tensor, b: Tensor, window: int = 9) -> Tensor:
+    """1 - mean local squared correlation of a and b (B, C, *shape), scalar; 0 where one is a linear map of the other.
+
+    Source: He et al. 2023, sec. 3.1 (there a similarity to maximise); window 9 voxels an axis.
+    """
+    return 1 - local_correlation(a, b, window).mean()
+
+
+def smoothness_loss(displacement: Tensor) -> Tensor:
+    """Squared forward differences of a displacement (B, n, *shape): mean over each axis, then over the axes; scalar."""
+    x = displacement.float()
+    axes = range(2, x.ndim)
+    return torch.stack([x.diff(dim=axis).square().mean() for axis in axes if x.shape[axis] > 1]).sum() / len(axes)
+
+
+def restoration_loss(restored: Tensor, image: Tensor) -> Tensor:
+    """Mean squared error of a restored image and the undamaged one, both (B, C, *shape); scalar, float32."""
+    return F.mse_loss(restored.float(), image.float())

@@ -1,0 +1,239 @@
+"""What every backbone shares: feature levels, any input size, freezing, learning-rate groups, checkpointing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import ArgumentError
+
+
+class Features(NamedTuple):
+    """What a backbone sees: the bottleneck (global, f_g) and the full-resolution map (local, f_l)."""
+
+    bottleneck: Tensor
+    local: Tensor
+
+
+@dataclass(frozen=True)
+class FeatureLevel:
+    """One feature map: its module, channels, and how many input voxels one of its voxels spans an axis."""
+
+    module: str
+    channels: int
+    reduction: int
+
+
+class FeatureInfo(tuple[FeatureLevel, ...]):
+    """The feature maps that a model returns, in the order in which it returns them."""
+
+    def channels(self) -> list[int]:
+        return [level.channels for level in self]
+
+    def reduction(self) -> list[int]:
+        return [level.reduction for level in self]
+
+    def module_name(self) -> list[str]:
+        return [level.module for level in self]
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution whose values come from `initialise` or from a file, never from its constructor."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Conv3d(nn.Conv3d):
+    """A convolution whose values come from `initialise` or from a file, never from its constructor."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Linear(nn.Linear):
+    """A linear layer whose values come from `initialise` or from a file, never from its constructor."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: Conv2d, 3: Conv3d}
+
+
+def initialise(module: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Draw the weights of all convolutions (Kaiming normal) and linear layers (PyTorch's default).
+
+    Draws come from `generator`, or from PyTorch's global one. Tensors on the meta device stay as they are.
+    Source: released code of He et al. 2023.
+    """
+    for layer in module.modules():
+        if not isinstance(layer, Conv2d | Conv3d | Linear) or layer.weight.is_meta:
+            continue
+        if isinstance(layer, Linear):
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+        else:
+            nn.init.kaiming_normal_(layer.weight, generator=generator)
+        if layer.bias is not None:
+            bound = 1 / math.sqrt(layer.weight[0].numel())  # fan-in
+            nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> tuple[Tensor, list[int]]:
+    """Zero-pad the spatial axes symmetrically, the smaller half first; also return the offsets in front."""
+    missing = [-size % multiple for size in x.shape[2:]]
+    if not any(missing):
+        return x, [0] * len(missing)
+    front = [m // 2 for m in missing]
+    sides = [s for m, f in zip(reversed(missing), reversed(front), strict=True) for s in (f, m - f)]
+    return F.pad(x, sides), front
+
+
+def crop(x: Tensor, start: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """The box of `shape` at `start` of the spatial axes."""
+    for axis, (first, size) in enumerate(zip(start, shape, strict=True), start=2):
+        if x.shape[axis] != size:
+            x = x.narrow(axis, first, size)
+    return x
+
+
+class Backbone(nn.Module):
+    """Base of the backbones. A subclass gives `levels`, `stride` and `_maps`.
+
+    levels: every feature map it can return, in the order of computation; the encoder's come first.
+    stride: what the input is padded to a multiple of.
+    """
+
+    ndim: int
+    in_chans: int
+    levels: FeatureInfo
+    encoder_levels: int
+    stride: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._frozen = False
+        self._checkpointing = False
+
+    # -- what comes out ------------------------------------------------------------------------------------
+    @property
+    def feature_info(self) -> FeatureInfo:
+        """The encoder's feature maps, finest first."""
+        return FeatureInfo(self.levels[: self.encoder_levels])
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the dense local features that `forward` returns."""
+        return self.levels[-1].channels
+
+    def _maps(self, x: Tensor, last: int) -> list[Tensor]:
+        """Feature maps 0..last of a padded input."""
+        raise TypeError(f"{type(self).__name__} does not say how its feature maps are computed")
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, list[int]]:
+        if x.ndim != self.ndim + 2 or x.shape[1] != self.in_chans or 0 in x.shape:
+            axes = "B, C, D, H, W" if self.ndim == 3 else "B, C, H, W"
+            raise ArgumentError(
+                f"input has shape {tuple(x.shape)}, but this model takes ({axes}) with C = {self.in_chans}",
+                "add the batch and channel axes, or load the model with in_chans=",
+            )
+        return pad_to_multiple(x, self.stride)
+
+    def forward_features(self, x: Tensor) -> Features:
+        """Bottleneck (B, C, *ceil(spatial / stride)) and local features (B, C, *spatial) of x (B, C, *spatial)."""
+        padded, front = self._padded(x)
+        maps = self._maps(padded, len(self.levels) - 1)
+        return Features(maps[self.encoder_levels - 1], crop(maps[-1], front, x.shape[2:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Dense local features (B, C, *spatial) of x (B, in_chans, *spatial), any spatial size."""
+        return self.forward_features(x).local
+
+    def forward_intermediates(self, x: Tensor, indices: Sequence[int] | None = None) -> list[Tensor]:
+        """Feature maps at `indices` of `levels` (default: the encoder's), each (B, C, *ceil(spatial / reduction)).
+
+        Nothing behind the last map asked for is computed.
+        """
+        wanted = level_indices(self.levels, self.encoder_levels, indices)
+        padded, front = self._padded(x)
+        maps = self._maps(padded, max(wanted))
+        out = []
+        for i in wanted:
+            step = self.levels[i].reduction
+            out.append(crop(maps[i], [f // step for f in front], [-(-s // step) for s in x.shape[2:]]))
+        return out
+
+    # -- how it is trained ---------------------------------------------------------------------------------
+    def freeze(self) -> Backbone:
+        """Stop gradients to every parameter and keep evaluation mode, also through a later `train()`."""
+        self._frozen = True
+        return self.requires_grad_(False).eval()
+
+    def unfreeze(self) -> Backbone:
+        """Undo `freeze`."""
+        self._frozen = False
+        return self.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> Backbone:
+        return super().train(mode and not self._frozen)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the blocks' inputs for the backward pass and compute the rest again: memory for time."""
+        self._checkpointing = enable
+
+    def _run(self, block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        if self._checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def parameter_groups(self, lr: float, layer_decay: float = 1.0) -> list[dict]:
+        """Optimiser groups, one a level: the last level learns at `lr`, each one before at `layer_decay` of it."""
+        groups = []
+        for depth, level in enumerate(reversed(self.levels)):
+            parameters = [p for p in self.get_submodule(level.module).parameters() if p.requires_grad]
+            if parameters:
+                groups.append({"params": parameters, "lr": lr * layer_decay**depth, "name": level.module})
+        return groups[::-1]
+
+
+def level_indices(levels: FeatureInfo, encoder_levels: int, indices: Sequence[int] | None) -> list[int]:
+    """Indices into `levels` (default: the encoder's), negative ones counted from the end of the encoder."""
+    if indices is None:
+        return list(range(encoder_levels))
+    wanted = [i + encoder_levels if i < 0 else i for i in indices]
+    if not wanted or min(wanted) < 0 or max(wanted) >= len(levels):
+        raise ArgumentError(
+            f"feature levels {tuple(indices)} asked for, but this model has {len(levels)}: "
+            + ", ".join(f"{i} {level.module}" for i, level in enumerate(levels)),
+            "choose among those",
+        )
+    return wanted
+
+
+class FeatureList(nn.Module):
+    """A backbone whose forward pass returns a list of feature maps: what decoders of other libraries take.
+
+    Args:
+        backbone: its parameters are shared, not copied.
+        out_indices: which levels; default the encoder's, finest first.
+    """
+
+    def __init__(self, backbone: Backbone, out_indices: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.out_indices = level_indices(backbone.levels, backbone.encoder_levels, out_indices)
+
+    @property
+    def feature_info(self) -> FeatureInfo:
+        return FeatureInfo(self.backbone.levels[i] for i in self.out_indices)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Feature maps of x (B, C, *spatial), each (B, C_i, *ceil(spatial / reduction_i))."""
+        return self.backbone.forward_intermediates(x, self.out_indices)

@@ -1,0 +1,118 @@
+"""U-Net of GVSL and GEMINI, 2D and 3D, any width (He et al. 2023, sec. 4.1 and released code)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ArgumentError
+from .backbone import CONV, Backbone, FeatureInfo, FeatureLevel, initialise
+
+CHANNELS_PER_GROUP = 8  # of every GroupNorm
+NEGATIVE_SLOPE = 0.2
+POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+
+
+class DoubleConv(nn.Module):
+    """Twice: convolution 3 (with bias) - GroupNorm - LeakyReLU."""
+
+    def __init__(self, ndim: int, in_chans: int, out_chans: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for chans in (in_chans, out_chans):
+            layers += [
+                CONV[ndim](chans, out_chans, 3, padding=1, device=device),
+                nn.GroupNorm(out_chans // CHANNELS_PER_GROUP or 1, out_chans, device=device),
+                nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True),
+            ]
+        self.double_conv = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.double_conv(x)
+
+
+class Down(nn.Module):
+    """Max-pool by 2, then a double convolution."""
+
+    def __init__(self, ndim: int, in_chans: int, out_chans: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.maxpool_conv = nn.Sequential(POOL[ndim](2), DoubleConv(ndim, in_chans, out_chans, device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.maxpool_conv(x)
+
+
+class Up(nn.Module):
+    """Linear upsampling by 2, concatenation [skip, upsampled], then a double convolution."""
+
+    def __init__(self, ndim: int, in_chans: int, out_chans: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.mode, self.align_corners = ("bilinear", False) if ndim == 2 else ("trilinear", True)
+        self.conv = DoubleConv(ndim, in_chans, out_chans, device)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2, mode=self.mode, align_corners=self.align_corners)
+        return self.conv(torch.cat([skip, x], 1))
+
+
+class UNet(Backbone):
+    """Five encoder levels (width x 1, 2, 4, 8, 16) and four decoder levels; 32 is the released width.
+
+    Args:
+        ndim: 2 or 3 spatial axes.
+        width: channels of the full-resolution level, a multiple of 8.
+        in_chans: image channels.
+        decoder: False builds the encoder only, which serves `forward_intermediates`.
+        device: where the parameters are made; on "meta" nothing is drawn.
+        generator: source of the initial weights; default PyTorch's global one.
+
+    Tensor names are those of the released weights.
+    """
+
+    stride = 16
+    encoder_levels = 5
+
+    def __init__(
+        self,
+        ndim: int = 3,
+        width: int = 32,
+        in_chans: int = 1,
+        *,
+        decoder: bool = True,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if ndim not in CONV or width < 8 or width % 8 or in_chans < 1:
+            raise ArgumentError(
+                f"no U-Net with ndim={ndim}, width={width}, in_chans={in_chans}",
+                "ndim is 2 or 3, width a multiple of 8, in_chans at least 1",
+            )
+        self.ndim, self.width, self.in_chans = ndim, width, in_chans
+        w1, w2, w4, w8, w16 = (width * k for k in (1, 2, 4, 8, 16))
+        self.inc = DoubleConv(ndim, in_chans, w1, device)
+        self.down1 = Down(ndim, w1, w2, device)
+        self.down2 = Down(ndim, w2, w4, device)
+        self.down3 = Down(ndim, w4, w8, device)
+        self.down4 = Down(ndim, w8, w16, device)
+        table = [("inc", w1, 1), ("down1", w2, 2), ("down2", w4, 4), ("down3", w8, 8), ("down4", w16, 16)]
+        if decoder:
+            self.up1 = Up(ndim, w16 + w8, w8, device)
+            self.up2 = Up(ndim, w8 + w4, w4, device)
+            self.up3 = Up(ndim, w4 + w2, w2, device)
+            self.up4 = Up(ndim, w2 + w1, w1, device)
+            table += [("up1", w8, 8), ("up2", w4, 4), ("up3", w2, 2), ("up4", w1, 1)]
+        self.levels = FeatureInfo(FeatureLevel(*row) for row in table)
+        initialise(self, generator)
+
+    def _maps(self, x: Tensor, last: int) -> list[Tensor]:
+        maps: list[Tensor] = []
+        for i, level in enumerate(self.levels[: last + 1]):
+            inputs: Sequence[Tensor] = (maps[-1],) if maps else (x,)
+            if i >= self.encoder_levels:
+                inputs = (maps[-1], maps[2 * (self.encoder_levels - 1) - i])  # the skip of the same size
+            maps.append(self._run(self.get_submodule(level.module), *inputs))
+        return maps

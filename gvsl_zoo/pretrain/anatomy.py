@@ -1,0 +1,406 @@
+"""Synthetic anatomy: an endless, seeded supply of thorax-like CT whose true correspondence is known.
+
+One canonical thorax is drawn from analytic shapes, in millimetres around the middle of the chest. A subject is a smooth
+invertible map from its own voxels into that canonical space, plus an appearance: HU of every tissue, contrast agent,
+texture, noise, blur. All subjects share the topology, so any two are matched exactly by way of the canonical space.
+Arrays are (D, H, W) = (z, y, x), growing towards the head, the front and the patient's right (RAS+, stored reversed).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gvsl_zoo.errors import ArgumentError
+
+CANONICAL_MM = 400.0  # edge of the canonical unit cube; its middle is the middle of the chest
+ATLAS_EDGE = 200  # voxels along the cube: 2 mm, finer than the subjects drawn from it
+FIELD_OF_VIEW_MM = 350.0  # width seen when no spacing is given: that of a chest scan
+CONTROL_MM = 45.0  # knots of the elastic deformation: the size of a heart chamber
+MAX_STRAIN = 0.7  # bound on |dv/dx| (row sum) of the elastic part: below 1 the map x + v(x) is one to one
+ELASTIC_MM = (
+    14.0,
+    8.0,
+)  # SD of its coefficients, knots 90 and 45 mm apart; the field itself is about half of it
+TOLERANCE_VOXELS = 0.01  # last step of the inversion; the error left is of the same size
+BLOOD_HU = (40.0, 350.0)  # from no contrast agent to CT angiography
+
+LABELS: dict[str, int] = {
+    name: index
+    for index, name in enumerate(
+        "background soft_tissue fat lung_left lung_right airway myocardium left_ventricle right_ventricle left_atrium "
+        "right_atrium aorta pulmonary_artery vena_cava liver spleen stomach spine ribs".split()
+    )
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One synthetic scan.
+
+    hu: intensities in HU, (D, H, W) float32. labels: ids of `LABELS`, (D, H, W) uint8.
+    canonical: where each voxel lies in the canonical unit cube, (3, D, H, W) float32, channels (z, y, x).
+    spacing_mm: voxel size (z, y, x).
+    """
+
+    hu: Tensor
+    labels: Tensor
+    canonical: Tensor
+    spacing_mm: tuple[float, float, float]
+
+
+class Tissue(NamedTuple):
+    """A material: its label, its range of HU over subjects, its texture (SD in HU), and how far it takes up contrast
+    agent from the right (venous) and left (arterial) circulation, 1 being blood itself."""
+
+    label: str
+    low: float
+    high: float
+    texture: float = 6.0
+    venous: float = 0.0
+    arterial: float = 0.0
+
+
+# HU: Hounsfield's scale as tabulated in radiology textbooks, at 120 kV.
+TISSUES: dict[str, Tissue] = {
+    "air": Tissue("background", -1000, -1000, 0),
+    "skin": Tissue("soft_tissue", 0, 40),
+    "fat": Tissue("fat", -115, -90, 10),
+    "muscle": Tissue("soft_tissue", 40, 60, 14, 0, 0.03),
+    "mediastinum": Tissue("soft_tissue", -60, 30, 30),
+    "viscera": Tissue("soft_tissue", -60, 30, 50),
+    "lung_left": Tissue("lung_left", -860, -760, 25),
+    "lung_right": Tissue("lung_right", -860, -760, 25),
+    "vessel_left": Tissue("lung_left", 40, 40, 5, 0.5, 0.5),
+    "vessel_right": Tissue("lung_right", 40, 40, 5, 0.5, 0.5),
+    "airway": Tissue("airway", -1000, -960, 4),
+    "myocardium": Tissue("myocardium", 40, 60, 8, 0, 0.25),
+    "left_ventricle": Tissue("left_ventricle", 35, 45, 5, 0, 1),
+    "right_ventricle": Tissue("right_ventricle", 35, 45, 5, 1, 0),
+    "left_atrium": Tissue("left_atrium", 35, 45, 5, 0, 1),
+    "right_atrium": Tissue("right_atrium", 35, 45, 8, 0.9, 0),
+    "aorta": Tissue("aorta", 35, 45, 4, 0, 0.97),
+    "pulmonary_artery": Tissue("pulmonary_artery", 35, 45, 4, 1, 0),
+    "vena_cava": Tissue("vena_cava", 35, 45, 12, 0.9, 0),
+    "liver": Tissue("liver", 45, 65, 8, 0.05, 0.15),
+    "spleen": Tissue("spleen", 40, 55, 6, 0.05, 0.25),
+    "stomach": Tissue("stomach", 0, 50, 25),
+    "canal": Tissue("spine", 20, 40),
+    "disc": Tissue("spine", 60, 110),
+    "marrow": Tissue("spine", 150, 280, 40),
+    "cortex": Tissue("spine", 350, 650, 60),
+    "rib": Tissue("ribs", 300, 650, 80),
+}
+TISSUE_IDS = {name: index for index, name in enumerate(TISSUES)}
+
+# Ellipsoids: tissue, centre (z, y, x) mm, radii mm; with an axis given the radii are (along it, across it).
+# Tubes: tissue, first and last radius mm, points (z, y, x) mm. Later shapes cover earlier ones.
+Point = tuple[float, float, float]
+ELLIPSOIDS: tuple[tuple[str, Point, tuple[float, ...], Point | None], ...] = (
+    ("mediastinum", (-30, 22, -18), (64, 52, 62), None),  # pericardial fat
+    ("myocardium", (-38, 42, 2), (40, 30, 38), None),  # wall of the right ventricle
+    ("myocardium", (-26, 22, 34), (34, 29, 27), None),  # wall of the right atrium
+    ("myocardium", (-8, -14, -4), (26, 22, 34), None),  # wall of the left atrium
+    ("left_atrium", (-8, -14, -4), (23, 19, 31), None),
+    ("right_atrium", (-26, 22, 34), (31, 26, 24), None),
+    ("right_ventricle", (-38, 42, 2), (36, 26, 34), None),
+    ("right_ventricle", (-12, 46, -14), (26, 16, 18), None),  # its outflow tract
+    ("myocardium", (-40, 22, -36), (52, 33), (-0.45, 0.55, -0.70)),
+    ("left_ventricle", (-37, 18, -31), (42, 22), (-0.45, 0.55, -0.70)),
+    ("liver", (-128, 40, 0), (30, 42, 62), None),  # left lobe
+    ("stomach", (-138, 22, -62), (34, 38, 36), None),
+    ("spleen", (-136, -42, -84), (36, 34, 22), None),
+)
+TUBES: tuple[tuple[str, float, float, tuple[Point, ...]], ...] = (
+    ("viscera", 8, 8, ((200, -30, -3), (60, -42, -4), (-60, -40, -8), (-120, -20, -20))),  # oesophagus
+    ("vena_cava", 9, 11, ((120, 8, 40), (95, 18, 30), (40, 22, 32), (0, 22, 34))),  # superior
+    ("vena_cava", 12, 12, ((-40, 10, 32), (-90, -2, 28), (-150, -20, 22), (-200, -30, 20))),  # inferior
+    ("vena_cava", 7, 7, ((95, 20, 28), (100, 28, -10), (120, 12, -42))),  # left brachiocephalic vein
+    ("pulmonary_artery", 15, 14, ((-8, 46, -18), (12, 40, -22), (30, 22, -20), (34, 6, -14))),
+    ("pulmonary_artery", 12, 9, ((34, 6, -14), (32, -4, 12), (26, -12, 44))),
+    ("pulmonary_artery", 12, 9, ((34, 6, -14), (36, -10, -34), (30, -22, -52))),
+    ("aorta", 14, 15, ((-18, 16, -6), (5, 26, 8), (30, 32, 18), (55, 26, 18))),
+    ("aorta", 15, 12, ((55, 26, 18), (72, 14, 10), (78, -8, -8), (70, -32, -22), (50, -46, -27))),
+    ("aorta", 12, 10, ((50, -46, -27), (0, -50, -27), (-80, -48, -22), (-140, -40, -12), (-200, -36, -8))),
+    ("aorta", 6, 5, ((80, 6, 4), (110, 4, 16), (200, -8, 24))),  # brachiocephalic and right carotid
+    ("aorta", 5, 5, ((82, -10, -10), (120, -8, -24), (200, -10, -26))),  # left carotid
+    ("airway", 9, 8, ((200, -14, 0), (120, -18, 0), (62, -26, 2))),
+    ("airway", 7, 5, ((62, -26, 2), (42, -30, 26), (26, -34, 48))),
+    ("airway", 7, 5, ((62, -26, 2), (36, -34, -28), (18, -38, -52))),
+    ("rib", 6, 6, ((112, 74, 22), (122, 70, 60), (138, 40, 105), (142, 10, 135))),  # clavicles
+    ("rib", 6, 6, ((112, 74, -22), (122, 70, -60), (138, 40, -105), (142, 10, -135))),
+)
+
+
+@lru_cache(maxsize=1)
+def canonical_tissues() -> Tensor:
+    """Draw the canonical thorax: ids of `TISSUES` in order, (200, 200, 200) uint8, 2 mm voxels."""
+    axis = (torch.arange(ATLAS_EDGE) + 0.5) / ATLAS_EDGE * CANONICAL_MM - CANONICAL_MM / 2
+    z, y, x = axis[:, None, None], axis[None, :, None], axis[None, None, :]
+    atlas = torch.zeros((ATLAS_EDGE,) * 3, dtype=torch.uint8)
+
+    def paint(tissue: str, mask: Tensor, box: tuple[slice, ...] = (slice(None),) * 3) -> None:
+        atlas[box].masked_fill_(mask, TISSUE_IDS[tissue])
+
+    def box_around(low: Tensor, high: Tensor) -> tuple[tuple[slice, ...], tuple[Tensor, Tensor, Tensor]]:
+        """The part of the grid within [low, high] mm, as slices and as coordinates."""
+        edges = (
+            torch.stack((low, high + CANONICAL_MM / ATLAS_EDGE)) / CANONICAL_MM * ATLAS_EDGE + ATLAS_EDGE / 2
+        )
+        box = tuple(slice(max(a, 0), max(b, 0)) for a, b in edges.long().T.tolist())
+        return box, (z[box[0]], y[:, box[1]], x[:, :, box[2]])
+
+    def paint_ellipsoid(
+        tissue: str, centre: Point, radii: tuple[float, ...], direction: Point | None
+    ) -> None:
+        reach = torch.tensor(radii if direction is None else (max(radii),) * 3)
+        box, here = box_around(torch.tensor(centre) - reach, torch.tensor(centre) + reach)
+        dz, dy, dx = (a - c for a, c in zip(here, centre, strict=True))
+        if direction is None:
+            level = (dz / radii[0]) ** 2 + (dy / radii[1]) ** 2 + (dx / radii[2]) ** 2
+        else:
+            along2 = (dz * direction[0] + dy * direction[1] + dx * direction[2]) ** 2
+            level = along2 / radii[0] ** 2 + (dz**2 + dy**2 + dx**2 - along2) / radii[1] ** 2
+        paint(tissue, level < 1, box)
+
+    def paint_tube(tissue: str, first: float, last: float, points: Sequence[Point], only: str = "") -> None:
+        radii = torch.linspace(first, last, len(points)).tolist()
+        for a, b, ra, rb in zip(points[:-1], points[1:], radii[:-1], radii[1:], strict=True):
+            ends = torch.tensor((a, b))
+            box, here = box_around(ends.amin(0) - max(ra, rb), ends.amax(0) + max(ra, rb))
+            step = ends[1] - ends[0]
+            dz, dy, dx = (h - c for h, c in zip(here, a, strict=True))
+            t = ((dz * step[0] + dy * step[1] + dx * step[2]) / (step @ step)).clamp(0, 1)
+            distance2 = (dz - t * step[0]) ** 2 + (dy - t * step[1]) ** 2 + (dx - t * step[2]) ** 2
+            mask = distance2 < (ra + (rb - ra) * t) ** 2
+            paint(tissue, mask & (atlas[box] == TISSUE_IDS[only]) if only else mask, box)
+
+    # Trunk: skin, fat, muscle; a superellipse that closes over the shoulders, and a neck.
+    trunk = (x.abs() / 172) ** 2.4 + (y.abs() / 120) ** 2.4 + ((z - 40).clamp_min(0) / 172) ** 3
+    neck = (x / 58) ** 2 + ((y + 10) / 60) ** 2 + (z < 60) * 9.0
+    body = torch.minimum(trunk, neck)
+    for tissue, level in (("skin", 1.0), ("fat", 0.96), ("muscle", 0.78)):
+        paint(tissue, body < level)
+
+    # Rib cage: its hull holds lungs above and viscera below; ribs are slanted bands around it.
+    cage = (x / 134) ** 2 + (y / 88) ** 2 + ((z + 40).abs() / 176) ** 3
+    slant = z + 0.5 * y  # ribs descend towards the front
+    ribs = (cage > 0.99) & (cage < 1.14) & (slant > -150) & (z < 120) & ((slant / 27) % 1 < 0.4)
+    paint("rib", ribs & ((x.abs() > 24) | (y < 0)))
+    sternum = (x.abs() < 17) & (z > -70) & (z < 100) & (((y - 88 + (z - 20).abs() * 0.12) / 6).abs() < 1)
+    paint("rib", sternum)
+    blade = (cage > 1.30) & (cage < 1.42) & (y < -15) & (x.abs() > 75 - 0.3 * z) & (z > 0) & (z < 120)
+    paint("rib", blade)  # scapulae
+    inside = cage < 0.95
+    paint("viscera", inside)
+    paint("lung_left", inside & (z > -150) & (x < 0))
+    paint("lung_right", inside & (z > -150) & (x >= 0))
+
+    # Vessels of the lungs: two trees that fork from the hila, the same in every subject.
+    generator = torch.Generator().manual_seed(0)
+
+    def grow(side: str, start: Tensor, direction: Tensor, length: float, radius: float) -> None:
+        end = start + length * direction
+        paint_tube(
+            f"vessel_{side}", radius, 0.75 * radius, (start.tolist(), end.tolist()), only=f"lung_{side}"
+        )
+        if radius > 2.0:
+            for _ in range(3):
+                turned = F.normalize(direction + 0.75 * torch.randn(3, generator=generator), dim=0)
+                grow(side, end, turned, 0.8 * length, 0.75 * radius)
+
+    for side, sign in (("left", -1.0), ("right", 1.0)):
+        for up, front in ((0.8, 0.3), (0.1, 0.7), (-0.7, 0.3), (-0.5, -0.6), (0.4, -0.7)):
+            direction = F.normalize(torch.tensor((up, front, 0.7 * sign)), dim=0)
+            grow(side, torch.tensor((15.0, -15.0, 34.0 * sign)), direction, 38.0, 5.5)
+
+    # Between and below the lungs.
+    paint("mediastinum", inside & ((x / 30) ** 2 + ((y + 5) / 100) ** 2 < 1))
+    right_dome = ((z + 160) / 88) ** 2 + (y / 94) ** 2 + ((x - 60) / 80) ** 2
+    left_dome = ((z + 165) / 80) ** 2 + ((y + 5) / 88) ** 2 + ((x + 68) / 74) ** 2
+    paint("muscle", inside & (torch.minimum(left_dome, right_dome) < 1))  # diaphragm
+    paint("viscera", inside & (left_dome < 0.93))
+    paint("liver", inside & (right_dome < 0.93))
+    for ellipsoid in ELLIPSOIDS:
+        paint_ellipsoid(*ellipsoid)
+    for tube in TUBES:
+        paint_tube(*tube)
+
+    # Spine: a curved column of vertebrae and discs, 25 mm a level, with canal, arches and processes.
+    middle = -60 - 12 * torch.cos(math.pi * (z + 20) / 260)
+    behind, vertebra = y - middle, (z / 25) % 1
+    column = (x / 19) ** 2 + (behind / 16) ** 2
+    arch = (x / 17) ** 2 + ((behind + 24) / 13) ** 2
+    spinous = (x.abs() < 5) & (behind < -30) & (behind > -46)
+    transverse = (x.abs() < 36) & ((behind + 24).abs() < 6)
+    paint("cortex", (arch < 1) | ((spinous | transverse) & (vertebra < 0.5)))
+    paint("cortex", column < 1)
+    paint("marrow", column < 0.72)
+    paint("disc", (column < 1) & (vertebra > 0.8))
+    paint("canal", (x / 10) ** 2 + ((behind + 23) / 8) ** 2 < 1)
+    return atlas
+
+
+def _spline(coefficients: Tensor, positions: Sequence[Tensor]) -> Tensor:
+    """Cubic B-spline field (C, a, b, c) at a grid of positions, in knots from the first: -> (C, D, H, W)."""
+    weights = []
+    for axis, count in zip(positions, coefficients.shape[1:], strict=True):
+        gap = (axis[:, None] - torch.arange(-1, count - 1)).abs()
+        weights.append(torch.where(gap < 1, 2 / 3 - gap**2 + gap**3 / 2, (2 - gap).clamp_min(0) ** 3 / 6))
+    field = weights[1] @ (coefficients @ weights[2].T)
+    return torch.einsum("zi,ciyx->czyx", weights[0], field)
+
+
+def _coefficients(
+    channels: int, extent_mm: Sequence[float], knot_mm: float, generator: torch.Generator
+) -> Tensor:
+    """White noise as coefficients of a B-spline over the extent: (channels, a, b, c), SD 1."""
+    return torch.randn(channels, *(math.ceil(e / knot_mm) + 4 for e in extent_mm), generator=generator)
+
+
+def _elastic(extent_mm: Sequence[float], strength: float, generator: torch.Generator) -> Tensor:
+    """Coefficients (3, a, b, c) in mm of a displacement v, scaled down where |dv/dx| would exceed `MAX_STRAIN`."""
+    fine = _coefficients(3, extent_mm, CONTROL_MM, generator)
+    coarse = _coefficients(3, extent_mm, 2 * CONTROL_MM, generator)
+    coarse = F.interpolate(coarse[None], size=list(fine.shape[1:]), mode="trilinear", align_corners=True)[0]
+    v = strength * (ELASTIC_MM[0] * coarse + ELASTIC_MM[1] * fine)
+    step = 0.25  # knots between samples: the slope of a cubic spline hardly changes in between
+    sampled = _spline(v, [torch.arange(0, e / CONTROL_MM + 2 * step, step) for e in extent_mm])
+    inner = tuple(slice(n - 1) for n in sampled.shape[1:])
+    slopes = torch.stack([sampled.diff(dim=d)[(slice(None), *inner)].abs() for d in (1, 2, 3)]) / (
+        step * CONTROL_MM
+    )
+    strain = slopes.sum(0).max().item()  # row sums of dv/dx, (3, ...)
+    return v * min(1.0, MAX_STRAIN / max(strain, 1e-6))
+
+
+def _pose(variation: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Affine part, millimetres around the middle of the view -> canonical: matrix (3, 3), offset in mm (3,)."""
+    noise = variation * torch.randn(4, 3, generator=generator)
+    az, ay, ax = (0.06 * noise[0]).tolist()  # rad, SD 3.5 degrees about each axis
+    matrix = torch.linalg.matrix_exp(torch.tensor([[0.0, -ax, ay], [ax, 0.0, -az], [-ay, az, 0.0]]))
+    scale = torch.exp(0.06 * noise[1] + 0.06 * noise[2, 0])  # build: each axis 6 %, size 6 %
+    return matrix * scale, noise[3] * torch.tensor([14.0, 6.0, 6.0])
+
+
+def _uniform(low: float, high: float, generator: torch.Generator) -> float:
+    return low + (high - low) * torch.rand((), generator=generator).item()
+
+
+def _palette(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Mean HU and texture SD of every tissue in one subject, (len(TISSUES),) each."""
+    enhanced = float(
+        _uniform(0, 1, generator) < 0.65
+    )  # about a third of chest scans go without contrast agent
+    venous, arterial = (enhanced * _uniform(0, BLOOD_HU[1] - BLOOD_HU[0], generator) for _ in range(2))
+    table = torch.tensor([t[1:] for t in TISSUES.values()])
+    low, high, texture, venous_share, arterial_share = table.T
+    hu = low + (high - low) * torch.rand(len(TISSUES), generator=generator)
+    return hu + venous * venous_share + arterial * arterial_share, texture
+
+
+def sample_subject(
+    shape: tuple[int, int, int],
+    generator: torch.Generator,
+    spacing_mm: tuple[float, float, float] | None = None,
+    variation: float = 1.0,
+) -> Subject:
+    """Draw one subject; the same generator state gives the same bits.
+
+    Args:
+        shape: (D, H, W) in voxels, at least 2 each.
+        generator: CPU generator, the only source of randomness.
+        spacing_mm: voxel size (z, y, x); by default isotropic, the wider of H and W spanning about 350 mm.
+        variation: strength of pose and deformation; 0 puts the canonical thorax in the middle of the view.
+    """
+    if len(shape) != 3 or min(shape) < 2:
+        raise ArgumentError(f"shape {tuple(shape)} is not a volume", "give (D, H, W), at least 2 voxels each")
+    if spacing_mm is None:
+        spacing_mm = (FIELD_OF_VIEW_MM * _uniform(0.9, 1.1, generator) / max(shape[1:]),) * 3
+    extent_mm = [(n - 1) * s for n, s in zip(shape, spacing_mm, strict=True)]
+    position_mm = [torch.arange(n) * s for n, s in zip(shape, spacing_mm, strict=True)]
+
+    # Shape: x -> matrix @ (x + v(x)) + offset, x in mm around the middle of the view.
+    moved = _spline(_elastic(extent_mm, variation, generator), [p / CONTROL_MM for p in position_mm])
+    for axis, (position, extent) in enumerate(zip(position_mm, extent_mm, strict=True)):
+        moved[axis] += (position - extent / 2).view([-1 if d == axis else 1 for d in range(3)])
+    matrix, offset_mm = _pose(variation, generator)
+    canonical = (matrix @ moved.flatten(1)).add_(offset_mm[:, None]).div_(CANONICAL_MM).add_(0.5)
+    index = (canonical * ATLAS_EDGE).clamp_(0, ATLAS_EDGE - 1).long()
+    tissue = canonical_tissues().flatten()[(index[0] * ATLAS_EDGE + index[1]) * ATLAS_EDGE + index[2]].long()
+
+    # Appearance: HU of every tissue, smooth texture within it, noise, and the blur of the scanner.
+    hu_of, texture_of = _palette(generator)
+    knot_mm = _uniform(8.0, 20.0, generator)
+    texture = _spline(_coefficients(1, extent_mm, knot_mm, generator), [p / knot_mm for p in position_mm])
+    hu = hu_of[tissue].addcmul_(
+        texture_of[tissue], texture.flatten(), value=2.0
+    )  # a spline of white noise has SD 0.4
+    noise_hu = math.exp(_uniform(math.log(5.0), math.log(60.0), generator))  # before the blur
+    hu = hu.add_(torch.randn(hu.shape, generator=generator), alpha=noise_hu).view(shape)
+    weight = _uniform(0.05, 0.3, generator)  # of the two neighbours on each axis: SD 0.3 to 0.8 voxel
+    for axis in range(3):
+        first, last = hu.narrow(axis, 0, 1), hu.narrow(axis, -1, 1)
+        neighbours = torch.cat((first, hu.narrow(axis, 0, shape[axis] - 1)), axis)
+        neighbours += torch.cat((hu.narrow(axis, 1, shape[axis] - 1), last), axis)
+        hu = torch.lerp(hu, neighbours / 2, weight)
+    label_of = torch.tensor([LABELS[t.label] for t in TISSUES.values()], dtype=torch.uint8)
+    return Subject(hu.clamp_(-1024), label_of[tissue].view(shape), canonical.view(3, *shape), spacing_mm)
+
+
+def _voxels(shape: Sequence[int]) -> Tensor:
+    """Voxel positions, (3, D, H, W) float32, channels (z, y, x)."""
+    return torch.stack(torch.meshgrid([torch.arange(float(n)) for n in shape], indexing="ij"))
+
+
+def _affine_fit(canonical: Tensor) -> tuple[Tensor, Tensor]:
+    """Least-squares affine map voxel -> canonical: matrix (3, 3), constant (3,). On a full grid the axes decouple."""
+    voxels, values = _voxels(canonical.shape[1:]).flatten(1), canonical.flatten(1)
+    middle = voxels.mean(1, keepdim=True)
+    centred = voxels - middle
+    matrix = values @ centred.T / centred.square().sum(1)
+    return matrix, values.mean(1) - (matrix @ middle).squeeze(1)
+
+
+def _sample(canonical: Tensor, affine: Tensor, points: Tensor) -> Tensor:
+    """Canonical map (3, D, H, W) at voxel positions (3, d, h, w), continued along `affine` beyond the last voxels."""
+    last = torch.tensor(canonical.shape[1:]).sub(1).view(3, 1, 1, 1)
+    inside = torch.minimum(points.clamp_min(0), last)
+    grid = (2 * inside / last - 1).flip(0).movedim(0, -1)  # (d, h, w, 3), x first
+    value = F.grid_sample(canonical[None], grid[None], mode="bilinear", align_corners=True)[0]
+    return value + torch.einsum("ij,jzyx->izyx", affine, points - inside)
+
+
+def true_displacement(fixed: Subject, moving: Subject) -> Tensor:
+    """The displacement u that puts `moving` onto `fixed`: moving at x + u(x) is the anatomical point of fixed at x.
+
+    Inverts the canonical map of `moving` by fixed-point iteration, y <- y + A^-1 (c_fixed(x) - c_moving(y)), A being
+    its affine part: first at every fourth voxel, then at all. A point that lies outside the moving field of view gets
+    a position outside of it as well, found by continuing the map affinely: do not score it.
+
+    Returns: (3, D, H, W) on the grid of `fixed`, in voxels of `moving`, channels (z, y, x); within 0.05 voxel.
+    """
+    affine, constant = _affine_fit(moving.canonical)
+    inverse = torch.linalg.inv(affine)
+
+    def solve(target: Tensor, points: Tensor) -> Tensor:
+        for _ in range(40):
+            step = torch.einsum("ij,jzyx->izyx", inverse, target - _sample(moving.canonical, affine, points))
+            points = points + step
+            if step.abs().max() < TOLERANCE_VOXELS:
+                break
+        return points
+
+    shape = list(fixed.hu.shape)
+    coarse = [max(2, math.ceil(n / 4)) for n in shape]
+    target = F.interpolate(fixed.canonical[None], size=coarse, mode="trilinear", align_corners=True)[0]
+    start = solve(target, torch.einsum("ij,jzyx->izyx", inverse, target - constant.view(3, 1, 1, 1)))
+    start = F.interpolate(start[None], size=shape, mode="trilinear", align_corners=True)[0]
+    return solve(fixed.canonical, start) - _voxels(shape)
