@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -24,13 +24,13 @@ MAX_BYTES = 1_000_000  # ours has a few kB; what is larger is no registry
 MAX_DEPTH = 12  # a config's list of lists lies 7 deep
 FILE_NAME = "weights_registry.yaml"
 HOSTS = ("arxiv.org", "doi.org", "github.com", "huggingface.co")  # the only hosts that a text may link to
+NDIMS, MODALITIES = (2, 3), ("CT", "MR", "X-ray")
 TASKS = ("backbone", "segmentation", "classification", "registration", "pretraining")
 OBJECTIVE_HEADS = {
     "gvsl": {"affine", "deformable", "restoration"},
     "gemini": {"deformer", "restoration"},
     "restoration": {"restoration"},
 }
-
 SOURCE_FIELDS = {  # what a source of each kind states; sha256 too unless it says pinned: false
     "hub": {"repo", "file", "revision", "bytes"},
     "gdrive": {"id", "file", "bytes"},
@@ -45,10 +45,6 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
-def _listed(names: set[str]) -> str:
-    return " and ".join(sorted(names)) or "nothing"
-
-
 def _pattern(expression: str, meaning: str, clean: Callable[[str], str] = str) -> Callable[[str], str]:
     def check(text: str) -> str:
         if not re.fullmatch(expression, clean(text)):
@@ -59,8 +55,8 @@ def _pattern(expression: str, meaning: str, clean: Callable[[str], str] = str) -
 
 
 def _plain(text: str) -> str:
-    """A path without traps: the same file on every system, no step upwards."""
-    for part in text.split("/")[1 if text.startswith("/") else 0 :]:  # the reader decides on absolute paths
+    """A path without traps: the same file on every system, no step upwards; a leading / or C:/ may stand."""
+    for part in text[len(Path(text).anchor) :].split("/"):
         if part in ("", ".", "..") or part[-1] in ". " or re.search(r'[\\<>:"|?*\x00-\x1f]', part):
             raise ValueError(f"{_short(text)} is not a plain path: no '..', backslash, ':' or control character")
         if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d|conin\$|conout\$) *(\..*)?", part, re.IGNORECASE):
@@ -69,7 +65,7 @@ def _plain(text: str) -> str:
 
 
 def _relative(text: str) -> str:
-    if text.startswith("/"):
+    if Path(text).anchor:
         raise ValueError(f"expected a relative path, got {_short(text)}")
     return _plain(text)
 
@@ -84,7 +80,7 @@ Name = Annotated[str, _pattern("[a-z0-9]+([-._][a-z0-9]+)*", "a lower-case name 
 Word = Annotated[str, _pattern("[a-z][a-z0-9_-]*", "one lower-case word")]
 Sha256 = Annotated[str, _pattern("[0-9a-f]{64}", "a sha256 of 64 hexadecimal digits", str.lower)]
 Revision = Annotated[str, _pattern("[0-9a-f]{40}", "a commit of 40 hexadecimal digits, not a branch or tag")]
-Repo = Annotated[str, _pattern(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", "org/name")]
+Repo = Annotated[str, _pattern("[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*", "org/name")]
 DriveId = Annotated[str, _pattern("[A-Za-z0-9_-]{10,100}", "a Google Drive file id")]
 Orientation = Annotated[str, _pattern("[RL][AP][SI]", "axis codes such as RAS")]
 Count = Annotated[int, _count]
@@ -115,8 +111,10 @@ class Source:
         stated = {name for name, value in asdict(self).items() if value is not None} - {"kind", "pinned"}
         if not self.pinned and self.kind != "gdrive":
             raise ValueError("only a gdrive source may say pinned: false")
-        if needed != stated:
-            raise ValueError(f"a {self.kind} source needs {_listed(needed - stated)}, not {_listed(stated - needed)}")
+        for names, verb in ((needed - stated, "needs"), (stated - needed, "has no")):
+            if names:
+                pinned = "a pinned" if self.pinned else "an unpinned"
+                raise ValueError(f"{pinned} {self.kind} source {verb} {', '.join(sorted(names))}")
         if self.kind != "hub" and "/" in (self.file or ""):
             raise ValueError(f"expected a file name without a folder, got {_short(str(self.file))}")
 
@@ -290,7 +288,7 @@ class _Reader:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             self.refuse(mark.line + 1 if mark else 1, f"not plain YAML: {error.problem}")
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: escapes beyond Unicode
             self.refuse(1, f"not YAML: {error}")
         return node if node is not None else self.refuse(1, "empty", "a registry starts with schema_version: 1")
 
@@ -312,8 +310,9 @@ class _Reader:
         origin, args = get_origin(kind), get_args(kind)
         if origin is Annotated:
             value = self.build(args[0], node, name)
-            for check in kind.__metadata__:
-                value = self.checked(check, node, name, value)
+            with self.checking(node, name):
+                for check in kind.__metadata__:
+                    value = check(value)
             return value
         if origin in (Union, types.UnionType):  # the only unions are X | None
             return None if _is_null(node) else self.build(args[0], node, name)
@@ -325,9 +324,10 @@ class _Reader:
             return self.record(kind, node, name)
         return self.scalar(kind, node, name)
 
-    def checked(self, check: Callable[..., Any], node: yaml.Node, name: str, *args: Any, **kwargs: Any) -> Any:
+    @contextmanager
+    def checking(self, node: yaml.Node, name: str) -> Iterator[None]:
         try:
-            return check(*args, **kwargs)
+            yield
         except ValueError as error:
             self.refuse(node, f"{name}: {error}")
 
@@ -345,8 +345,9 @@ class _Reader:
         if kind is Source and values.get("path"):
             if self.folder is None and Path(values["path"]).is_absolute():
                 self.refuse(node, f"{name}: an absolute path is for registries of your own")
-            values["path"] = str((self.folder or _own_path().parent) / values["path"])
-        return self.checked(kind, node, name, **values)
+            values["path"] = ((self.folder or _own_path().parent) / values["path"]).as_posix()
+        with self.checking(node, name):
+            return kind(**values)
 
     def sequence(self, args: tuple[Any, ...], node: yaml.Node, name: str) -> tuple[Any, ...]:
         if not isinstance(node, yaml.SequenceNode):
@@ -354,7 +355,8 @@ class _Reader:
         kinds = args[:1] * len(node.value) if args[-1] is Ellipsis else args
         if len(kinds) != len(node.value):
             self.refuse(node, f"{name}: expected {len(kinds)} values, got {len(node.value)}")
-        return tuple(self.build(kind, item, f"{name}[{i}]") for i, (kind, item) in enumerate(zip(kinds, node.value)))
+        items = enumerate(zip(kinds, node.value, strict=True))
+        return tuple(self.build(kind, item, f"{name}[{i}]") for i, (kind, item) in items)
 
     def scalar(self, kind: Any, node: yaml.Node, name: str) -> Any:
         if not isinstance(node, yaml.ScalarNode):
@@ -400,8 +402,8 @@ def _own_path() -> Path:
 
 
 @lru_cache
-def _read(path: Path, _stamp: tuple[int, int] | None = None) -> dict[str, ModelEntry]:
-    """The entries of one file; `_stamp` (time, size) makes a changed file be read again."""
+def _read(path: Path) -> dict[str, ModelEntry]:
+    """The entries of one file, read once in a process."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -417,22 +419,19 @@ def _read(path: Path, _stamp: tuple[int, int] | None = None) -> dict[str, ModelE
         reader.refuse(data.count(b"\n", 0, error.start) + 1, "not UTF-8 text")
     root = reader.compose(text)
     top = reader.pairs(root, "registry")
-    if "schema_version" not in top:
-        reader.refuse(
-            root, "registry: the field 'schema_version' is missing", f"write schema_version: {SCHEMA_VERSION}"
-        )
-    at = top["schema_version"][1]
-    version = reader.scalar(int, at, "schema_version")
+    version = reader.build(Count, top["schema_version"][1], "schema_version") if "schema_version" in top else 0
     if version > SCHEMA_VERSION:
-        reader.refuse(at, f"schema_version {version} is newer than {SCHEMA_VERSION}", "upgrade gvsl-zoo")
-    if version < 1 or top.keys() != {"schema_version", "models"}:
-        reader.refuse(root, f"registry: expected schema_version: {SCHEMA_VERSION} and models, got {', '.join(top)}")
+        reader.refuse(root, f"schema_version {version} is newer than {SCHEMA_VERSION}", "upgrade gvsl-zoo")
+    if version < SCHEMA_VERSION or top.keys() != {"schema_version", "models"}:
+        odd = next((key for name, (key, _) in top.items() if name not in ("schema_version", "models")), root)
+        reader.refuse(odd, f"expected schema_version: {SCHEMA_VERSION} and models, got {', '.join(top)[:80]}")
     entries = {}
     for name, (key, node) in reader.pairs(top["models"][1], "models").items():
         reader.pairs(node, name)
         node.value.append((yaml.ScalarNode("", "name", key.start_mark, key.end_mark), key))
         entries[name] = reader.build(ModelEntry, node, name)
-        reader.checked(_check_status, key, name, entries[name])
+        with reader.checking(key, name):
+            _check_status(entries[name])
     return entries
 
 
@@ -454,17 +453,12 @@ def _entries() -> dict[str, ModelEntry]:
     """Ours, then those of GVSL_ZOO_REGISTRY, then those of register_registry()."""
     entries = dict(_read(_own_path()))
     for path in filter(None, os.environ.get("GVSL_ZOO_REGISTRY", "").split(os.pathsep)):
-        _add(entries, _user_entries(path), path)
+        _add(entries, _read(_full(path)), path)
     return _add(entries, _added, "register_registry()")
 
 
-def _user_entries(path: str | Path) -> dict[str, ModelEntry]:
-    full = Path(path).expanduser().absolute()
-    try:
-        stamp = full.stat()
-    except OSError as error:
-        raise RegistryError(f"cannot read the registry {full} ({error.strerror})") from error
-    return _read(full, (stamp.st_mtime_ns, stamp.st_size))
+def _full(path: str | Path) -> Path:
+    return Path(path).expanduser().absolute()
 
 
 def _add(entries: dict[str, ModelEntry], new: dict[str, ModelEntry], origin: str | Path) -> dict[str, ModelEntry]:
@@ -476,7 +470,7 @@ def _add(entries: dict[str, ModelEntry], new: dict[str, ModelEntry], origin: str
 
 def register_registry(path: str | Path) -> list[str]:
     """Put your own registry beside ours until the process ends; returns the names that it added."""
-    new = _user_entries(path)
+    new = _read(_full(path))
     _add(_entries(), new, path)
     _added.update(new)
     return list(new)
@@ -499,8 +493,9 @@ def list_models(
         task: what the tensors must serve, one of TASKS.
         available: True for status available (bytes with a hash), False for all others.
     """
-    if task is not None and task not in TASKS:
-        raise ArgumentError(f"unknown task {task!r}", f"expected one of {', '.join(TASKS)}")
+    for what, given, known in (("ndim", ndim, NDIMS), ("modality", modality, MODALITIES), ("task", task, TASKS)):
+        if given is not None and str(given).lower() not in [str(one).lower() for one in known]:
+            raise ArgumentError(f"unknown {what} {given!r}", f"expected one of {', '.join(map(str, known))}")
     return sorted(
         name
         for name, entry in _entries().items()
@@ -515,9 +510,9 @@ def list_models(
 def model_info(name: str) -> ModelEntry:
     """All that is known of a model; an unknown name raises with near names."""
     entries = _entries()
-    if name in entries:
+    if isinstance(name, str) and name in entries:
         return replace(entries[name], config=dict(entries[name].config))  # the caller may change its own copy
     tried = str(name)[:80].lower()
     near = get_close_matches(tried, entries, 3, 0.8) or get_close_matches(tried, entries, 1, 0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    raise RegistryError(f"unknown model {_short(str(name))}", f"{hint}See gvsl_zoo.list_models().")
+    hint = f"did you mean {' or '.join(map(repr, near))}? See" if near else "see"
+    raise RegistryError(f"unknown model {_short(str(name))}", f"{hint} gvsl_zoo.list_models().")

@@ -1,9 +1,10 @@
 """Synthetic anatomy: an endless, seeded supply of thorax-like CT whose true correspondence is known.
 
-One canonical thorax is drawn from analytic shapes, in millimetres around the middle of the chest. A subject is a smooth
-invertible map from its own voxels into that canonical space, plus an appearance: HU of every tissue, contrast agent,
-texture, noise, blur. All subjects share the topology, so any two are matched exactly by way of the canonical space.
-Arrays are (D, H, W) = (z, y, x), growing towards the head, the front and the patient's right (RAS+, stored reversed).
+One canonical thorax is drawn from analytic shapes, in millimetres around the middle of the chest. A subject is
+a smooth invertible map from its own voxels into that canonical space, plus an appearance: HU of every tissue,
+contrast agent, texture, noise, blur. All subjects share the topology, so any two are matched exactly through
+the canonical space. Arrays are (D, H, W) = (z, y, x), growing towards the head, the front and the patient's
+right (RAS+, stored in reverse).
 """
 
 from __future__ import annotations
@@ -25,20 +26,9 @@ ATLAS_EDGE = 200  # voxels along the cube: 2 mm, finer than the subjects drawn f
 FIELD_OF_VIEW_MM = 350.0  # width seen when no spacing is given: that of a chest scan
 CONTROL_MM = 45.0  # knots of the elastic deformation: the size of a heart chamber
 MAX_STRAIN = 0.7  # bound on |dv/dx| (row sum) of the elastic part: below 1 the map x + v(x) is one to one
-ELASTIC_MM = (
-    14.0,
-    8.0,
-)  # SD of its coefficients, knots 90 and 45 mm apart; the field itself is about half of it
-TOLERANCE_VOXELS = 0.01  # last step of the inversion; the error left is of the same size
+ELASTIC_MM = (12.0, 4.0)  # SD of its coefficients with knots 90 and 45 mm apart: moves tissue 4 mm (SD) an axis
+TOLERANCE_VOXELS = 0.03  # last step of the inversion; each step leaves less than `MAX_STRAIN` of the error
 BLOOD_HU = (40.0, 350.0)  # from no contrast agent to CT angiography
-
-LABELS: dict[str, int] = {
-    name: index
-    for index, name in enumerate(
-        "background soft_tissue fat lung_left lung_right airway myocardium left_ventricle right_ventricle left_atrium "
-        "right_atrium aorta pulmonary_artery vena_cava liver spleen stomach spine ribs".split()
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -57,8 +47,8 @@ class Subject:
 
 
 class Tissue(NamedTuple):
-    """A material: its label, its range of HU over subjects, its texture (SD in HU), and how far it takes up contrast
-    agent from the right (venous) and left (arterial) circulation, 1 being blood itself."""
+    """A material: its label, its range of HU over subjects, its texture (SD in HU), and its share of the
+    contrast agent in the blood of the right (venous) and left (arterial) heart."""
 
     label: str
     low: float
@@ -74,7 +64,7 @@ TISSUES: dict[str, Tissue] = {
     "skin": Tissue("soft_tissue", 0, 40),
     "fat": Tissue("fat", -115, -90, 10),
     "muscle": Tissue("soft_tissue", 40, 60, 14, 0, 0.03),
-    "mediastinum": Tissue("soft_tissue", -60, 30, 30),
+    "mediastinum": Tissue("soft_tissue", -85, 0, 30),
     "viscera": Tissue("soft_tissue", -60, 30, 50),
     "lung_left": Tissue("lung_left", -860, -760, 25),
     "lung_right": Tissue("lung_right", -860, -760, 25),
@@ -99,6 +89,9 @@ TISSUES: dict[str, Tissue] = {
     "rib": Tissue("ribs", 300, 650, 80),
 }
 TISSUE_IDS = {name: index for index, name in enumerate(TISSUES)}
+LABELS: dict[str, int] = {  # in the order of the table, from 0
+    label: index for index, label in enumerate(dict.fromkeys(t.label for t in TISSUES.values()))
+}
 
 # Ellipsoids: tissue, centre (z, y, x) mm, radii mm; with an axis given the radii are (along it, across it).
 # Tubes: tissue, first and last radius mm, points (z, y, x) mm. Later shapes cover earlier ones.
@@ -141,7 +134,7 @@ TUBES: tuple[tuple[str, float, float, tuple[Point, ...]], ...] = (
 
 @lru_cache(maxsize=1)
 def canonical_tissues() -> Tensor:
-    """Draw the canonical thorax: ids of `TISSUES` in order, (200, 200, 200) uint8, 2 mm voxels."""
+    """The canonical thorax, drawn once in a process: `TISSUE_IDS`, (200, 200, 200) uint8, 2 mm voxels."""
     axis = (torch.arange(ATLAS_EDGE) + 0.5) / ATLAS_EDGE * CANONICAL_MM - CANONICAL_MM / 2
     z, y, x = axis[:, None, None], axis[None, :, None], axis[None, None, :]
     atlas = torch.zeros((ATLAS_EDGE,) * 3, dtype=torch.uint8)
@@ -151,15 +144,11 @@ def canonical_tissues() -> Tensor:
 
     def box_around(low: Tensor, high: Tensor) -> tuple[tuple[slice, ...], tuple[Tensor, Tensor, Tensor]]:
         """The part of the grid within [low, high] mm, as slices and as coordinates."""
-        edges = (
-            torch.stack((low, high + CANONICAL_MM / ATLAS_EDGE)) / CANONICAL_MM * ATLAS_EDGE + ATLAS_EDGE / 2
-        )
-        box = tuple(slice(max(a, 0), max(b, 0)) for a, b in edges.long().T.tolist())
+        edges = torch.stack((low, high)) / CANONICAL_MM * ATLAS_EDGE + ATLAS_EDGE / 2
+        box = tuple(slice(max(int(a), 0), max(int(b) + 1, 0)) for a, b in edges.T.tolist())
         return box, (z[box[0]], y[:, box[1]], x[:, :, box[2]])
 
-    def paint_ellipsoid(
-        tissue: str, centre: Point, radii: tuple[float, ...], direction: Point | None
-    ) -> None:
+    def paint_ellipsoid(tissue: str, centre: Point, radii: Sequence[float], direction: Point | None) -> None:
         reach = torch.tensor(radii if direction is None else (max(radii),) * 3)
         box, here = box_around(torch.tensor(centre) - reach, torch.tensor(centre) + reach)
         dz, dy, dx = (a - c for a, c in zip(here, centre, strict=True))
@@ -170,7 +159,7 @@ def canonical_tissues() -> Tensor:
             level = along2 / radii[0] ** 2 + (dz**2 + dy**2 + dx**2 - along2) / radii[1] ** 2
         paint(tissue, level < 1, box)
 
-    def paint_tube(tissue: str, first: float, last: float, points: Sequence[Point], only: str = "") -> None:
+    def paint_tube(tissue: str, first: float, last: float, points: Sequence[Sequence[float]], only: str = "") -> None:
         radii = torch.linspace(first, last, len(points)).tolist()
         for a, b, ra, rb in zip(points[:-1], points[1:], radii[:-1], radii[1:], strict=True):
             ends = torch.tensor((a, b))
@@ -190,7 +179,8 @@ def canonical_tissues() -> Tensor:
         paint(tissue, body < level)
 
     # Rib cage: its hull holds lungs above and viscera below; ribs are slanted bands around it.
-    cage = (x / 134) ** 2 + (y / 88) ** 2 + ((z + 40).abs() / 176) ** 3
+    cage = (x / 134) ** 2 + (y / 88) ** 2 + ((z + 40).clamp_min(0) / 176) ** 2.4
+    paint("fat", (cage > 1.18) & (cage < 1.25) & (body < 0.78))  # between the layers of muscle
     slant = z + 0.5 * y  # ribs descend towards the front
     ribs = (cage > 0.99) & (cage < 1.14) & (slant > -150) & (z < 120) & ((slant / 27) % 1 < 0.4)
     paint("rib", ribs & ((x.abs() > 24) | (y < 0)))
@@ -208,9 +198,8 @@ def canonical_tissues() -> Tensor:
 
     def grow(side: str, start: Tensor, direction: Tensor, length: float, radius: float) -> None:
         end = start + length * direction
-        paint_tube(
-            f"vessel_{side}", radius, 0.75 * radius, (start.tolist(), end.tolist()), only=f"lung_{side}"
-        )
+        points = (start.tolist(), end.tolist())
+        paint_tube(f"vessel_{side}", radius, 0.75 * radius, points, only=f"lung_{side}")
         if radius > 2.0:
             for _ in range(3):
                 turned = F.normalize(direction + 0.75 * torch.randn(3, generator=generator), dim=0)
@@ -222,7 +211,7 @@ def canonical_tissues() -> Tensor:
             grow(side, torch.tensor((15.0, -15.0, 34.0 * sign)), direction, 38.0, 5.5)
 
     # Between and below the lungs.
-    paint("mediastinum", inside & ((x / 30) ** 2 + ((y + 5) / 100) ** 2 < 1))
+    paint("mediastinum", inside & ((x / (30 - 0.07 * z)) ** 2 + ((y + 5) / 100) ** 2 < 1))
     right_dome = ((z + 160) / 88) ** 2 + (y / 94) ** 2 + ((x - 60) / 80) ** 2
     left_dome = ((z + 165) / 80) ** 2 + ((y + 5) / 88) ** 2 + ((x + 68) / 74) ** 2
     paint("muscle", inside & (torch.minimum(left_dome, right_dome) < 1))  # diaphragm
@@ -258,31 +247,27 @@ def _spline(coefficients: Tensor, positions: Sequence[Tensor]) -> Tensor:
     return torch.einsum("zi,ciyx->czyx", weights[0], field)
 
 
-def _coefficients(
-    channels: int, extent_mm: Sequence[float], knot_mm: float, generator: torch.Generator
-) -> Tensor:
+def _noise(channels: int, extent_mm: Sequence[float], knot_mm: float, generator: torch.Generator) -> Tensor:
     """White noise as coefficients of a B-spline over the extent: (channels, a, b, c), SD 1."""
     return torch.randn(channels, *(math.ceil(e / knot_mm) + 4 for e in extent_mm), generator=generator)
 
 
 def _elastic(extent_mm: Sequence[float], strength: float, generator: torch.Generator) -> Tensor:
-    """Coefficients (3, a, b, c) in mm of a displacement v, scaled down where |dv/dx| would exceed `MAX_STRAIN`."""
-    fine = _coefficients(3, extent_mm, CONTROL_MM, generator)
-    coarse = _coefficients(3, extent_mm, 2 * CONTROL_MM, generator)
+    """Coefficients (3, a, b, c) in mm of a displacement v, weakened if |dv/dx| exceeds `MAX_STRAIN`."""
+    fine = _noise(3, extent_mm, CONTROL_MM, generator)
+    coarse = _noise(3, extent_mm, 2 * CONTROL_MM, generator)
     coarse = F.interpolate(coarse[None], size=list(fine.shape[1:]), mode="trilinear", align_corners=True)[0]
     v = strength * (ELASTIC_MM[0] * coarse + ELASTIC_MM[1] * fine)
     step = 0.25  # knots between samples: the slope of a cubic spline hardly changes in between
     sampled = _spline(v, [torch.arange(0, e / CONTROL_MM + 2 * step, step) for e in extent_mm])
     inner = tuple(slice(n - 1) for n in sampled.shape[1:])
-    slopes = torch.stack([sampled.diff(dim=d)[(slice(None), *inner)].abs() for d in (1, 2, 3)]) / (
-        step * CONTROL_MM
-    )
-    strain = slopes.sum(0).max().item()  # row sums of dv/dx, (3, ...)
+    changes = torch.stack([sampled.diff(dim=d)[(slice(None), *inner)] for d in (1, 2, 3)])  # (3, 3, ...)
+    strain = changes.abs().sum(0).max().item() / (step * CONTROL_MM)  # largest row sum of dv/dx
     return v * min(1.0, MAX_STRAIN / max(strain, 1e-6))
 
 
 def _pose(variation: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Affine part, millimetres around the middle of the view -> canonical: matrix (3, 3), offset in mm (3,)."""
+    """Affine part, mm around the middle of the view -> canonical mm: matrix (3, 3), offset (3,)."""
     noise = variation * torch.randn(4, 3, generator=generator)
     az, ay, ax = (0.06 * noise[0]).tolist()  # rad, SD 3.5 degrees about each axis
     matrix = torch.linalg.matrix_exp(torch.tensor([[0.0, -ax, ay], [ax, 0.0, -az], [-ay, az, 0.0]]))
@@ -296,9 +281,7 @@ def _uniform(low: float, high: float, generator: torch.Generator) -> float:
 
 def _palette(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Mean HU and texture SD of every tissue in one subject, (len(TISSUES),) each."""
-    enhanced = float(
-        _uniform(0, 1, generator) < 0.65
-    )  # about a third of chest scans go without contrast agent
+    enhanced = float(_uniform(0, 1, generator) < 0.65)  # about a third of chest scans go without contrast agent
     venous, arterial = (enhanced * _uniform(0, BLOOD_HU[1] - BLOOD_HU[0], generator) for _ in range(2))
     table = torch.tensor([t[1:] for t in TISSUES.values()])
     low, high, texture, venous_share, arterial_share = table.T
@@ -339,13 +322,11 @@ def sample_subject(
     # Appearance: HU of every tissue, smooth texture within it, noise, and the blur of the scanner.
     hu_of, texture_of = _palette(generator)
     knot_mm = _uniform(8.0, 20.0, generator)
-    texture = _spline(_coefficients(1, extent_mm, knot_mm, generator), [p / knot_mm for p in position_mm])
-    hu = hu_of[tissue].addcmul_(
-        texture_of[tissue], texture.flatten(), value=2.0
-    )  # a spline of white noise has SD 0.4
+    texture = _spline(_noise(1, extent_mm, knot_mm, generator), [p / knot_mm for p in position_mm])
+    hu = hu_of[tissue].addcmul_(texture_of[tissue], texture.flatten(), value=2.0)  # the spline of noise has SD 0.4
     noise_hu = math.exp(_uniform(math.log(5.0), math.log(60.0), generator))  # before the blur
     hu = hu.add_(torch.randn(hu.shape, generator=generator), alpha=noise_hu).view(shape)
-    weight = _uniform(0.05, 0.3, generator)  # of the two neighbours on each axis: SD 0.3 to 0.8 voxel
+    weight = _uniform(0.1, 0.45, generator)  # of the two neighbours on each axis: SD 0.3 to 0.7 voxel
     for axis in range(3):
         first, last = hu.narrow(axis, 0, 1), hu.narrow(axis, -1, 1)
         neighbours = torch.cat((first, hu.narrow(axis, 0, shape[axis] - 1)), axis)
@@ -361,7 +342,7 @@ def _voxels(shape: Sequence[int]) -> Tensor:
 
 
 def _affine_fit(canonical: Tensor) -> tuple[Tensor, Tensor]:
-    """Least-squares affine map voxel -> canonical: matrix (3, 3), constant (3,). On a full grid the axes decouple."""
+    """Least-squares affine map voxel -> canonical, (3, 3) and (3,); on a full grid the axes decouple."""
     voxels, values = _voxels(canonical.shape[1:]).flatten(1), canonical.flatten(1)
     middle = voxels.mean(1, keepdim=True)
     centred = voxels - middle
@@ -370,7 +351,7 @@ def _affine_fit(canonical: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sample(canonical: Tensor, affine: Tensor, points: Tensor) -> Tensor:
-    """Canonical map (3, D, H, W) at voxel positions (3, d, h, w), continued along `affine` beyond the last voxels."""
+    """Canonical map (3, D, H, W) at voxel positions (3, d, h, w), continued along `affine` outside."""
     last = torch.tensor(canonical.shape[1:]).sub(1).view(3, 1, 1, 1)
     inside = torch.minimum(points.clamp_min(0), last)
     grid = (2 * inside / last - 1).flip(0).movedim(0, -1)  # (d, h, w, 3), x first
@@ -379,13 +360,13 @@ def _sample(canonical: Tensor, affine: Tensor, points: Tensor) -> Tensor:
 
 
 def true_displacement(fixed: Subject, moving: Subject) -> Tensor:
-    """The displacement u that puts `moving` onto `fixed`: moving at x + u(x) is the anatomical point of fixed at x.
+    """The u that puts `moving` onto `fixed`: moving at x + u(x) is the anatomical point of fixed at x.
 
-    Inverts the canonical map of `moving` by fixed-point iteration, y <- y + A^-1 (c_fixed(x) - c_moving(y)), A being
-    its affine part: first at every fourth voxel, then at all. A point that lies outside the moving field of view gets
-    a position outside of it as well, found by continuing the map affinely: do not score it.
+    The canonical map of `moving` is inverted by fixed-point iteration, y <- y + A^-1 (c_fixed(x) - c_moving(y))
+    with A its affine part, at every fourth voxel and then at all. Where the point lies outside the moving field
+    of view so does x + u(x), found by continuing the map affinely: leave such points out of a score.
 
-    Returns: (3, D, H, W) on the grid of `fixed`, in voxels of `moving`, channels (z, y, x); within 0.05 voxel.
+    Returns: (3, D, H, W) on the grid of `fixed`, in voxels of `moving`, channels (z, y, x), exact to 0.05 voxel.
     """
     affine, constant = _affine_fit(moving.canonical)
     inverse = torch.linalg.inv(affine)

@@ -1,0 +1,616 @@
+"""Volumes: the only room that knows NIfTI, millimetres and Hounsfield units; the way in and the exact way back.
+
+Axes: a file's voxels are (i, j, k), in whatever direction it stores them; the world is (x, y, z), RAS+ millimetres;
+a model's tensor is (z, y, x) on the canonical grid: the file's axes permuted and flipped to the nearest RAS+ directions
+(an oblique angle stays in the affine), then resampled so that the edges of the field of view coincide.
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import math
+import os
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import nibabel as nib
+import numpy as np
+import torch
+from nibabel.spatialimages import HeaderDataError
+
+from gvsl_zoo.errors import ArgumentError, VolumeError
+
+CT_WINDOW_HU = (-1024.0, 1024.0)  # official fine-tune loader: (HU + 1024) / 2048, clipped to [0, 1]
+MAX_BYTES = 4 * 2**30  # largest array that one volume may take in memory; `max_bytes` raises it
+MAX_EXTENSION_BYTES = 64 * 2**20  # header extensions in the wild (DICOM headers, XML) stay far below
+MAX_DEFLATE_RATIO = 1032  # zlib's theoretical limit
+SPACING_LIMITS_MM = (1e-4, 1e3)  # from microscopy to nonsense
+MAX_SCALING = 1e10  # |slope|, |intercept|; quantitative maps stay below 1e7
+MAX_VALUE = 1e30  # beyond it the difference of two voxels overflows float32
+NOT_NIFTI = "give a NIfTI-1 or NIfTI-2 file (.nii, .nii.gz); dcm2niix converts DICOM"
+READ_AGAIN = "the file is damaged: copy or export it again from its source"
+_MM_PER_UNIT = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}  # xyzt_units: unknown, metre, millimetre, micron
+_ORDERS: tuple[Literal["little", "big"], ...] = ("little", "big")
+_DTYPE_CODES = (2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280)  # the real scalar types that numpy has everywhere
+
+
+class InputWarning(UserWarning):
+    """An image that can be used but looks unlike what was expected."""
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """Voxels and where they lie in the world.
+
+    Args:
+        data: (i, j, k), or (i, j, k, C) for several channels, in the file's own axis order; scaling applied.
+        affine: (4, 4) float64, voxel (i, j, k) -> world (x, y, z) in RAS+ millimetres.
+        header: the NIfTI header read, kept so that outputs carry its units and qform/sform codes.
+        path: the file read; `write_volume` refuses to overwrite it.
+        notes: what was repaired or is doubtful.
+
+    Errors: VolumeError for other numbers of axes, an empty axis, or an affine that is not finite and invertible.
+    """
+
+    data: np.ndarray
+    affine: np.ndarray
+    header: Any = None
+    path: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.data.ndim not in (3, 4) or 0 in self.data.shape:
+            raise VolumeError(f"data has shape {self.data.shape}", "give (i, j, k) or (i, j, k, C), all at least 1")
+        object.__setattr__(self, "affine", _checked_affine(self.affine))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels along i, j, k."""
+        return self.data.shape[0], self.data.shape[1], self.data.shape[2]
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Millimetres between voxels along i, j, k."""
+        i, j, k = np.linalg.norm(self.affine[:3, :3], axis=0).tolist()
+        return i, j, k
+
+
+# ---- the way in: a file is believed only after its claims have been checked, and before anything large is allocated
+
+
+def read_volume(path: str | os.PathLike[str], *, channels: bool = False, max_bytes: int = MAX_BYTES) -> Volume:
+    """Read a .nii or .nii.gz file (NIfTI-1 or -2, either byte order) to its last byte, checksum included.
+
+    An uncompressed file without scaling is memory-mapped (private pages: changing `data` never changes the file).
+    NaN and infinite voxels become the smallest finite value; this and every doubt is in `notes` and warned about.
+
+    Args:
+        channels: accept a 4-D file as (i, j, k, C); otherwise only one volume, whose extra axes are dropped.
+        max_bytes: the most memory that the voxels may take.
+
+    Errors: VolumeError for whatever cannot be read or trusted.
+    """
+    path = Path(path)
+    with _typed("read", path):
+        if not path.is_file():
+            raise VolumeError("no such file", "check the path")
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"  # the content decides, not the name
+            file.seek(0)
+            stream: Any = gzip.GzipFile(fileobj=file) if packed else file
+            header = _read_header(stream)
+            shape = _checked_shape(header, channels)
+            affine, notes = _checked_geometry(header)
+            slope, inter = _checked_scaling(header)
+            dtype, start = header.get_data_dtype(), stream.tell()
+            mapped = not packed and dtype.isnative and (slope, inter) == (1, 0)
+            _check_size(shape, dtype, start, path.stat().st_size, packed, math.inf if mapped else max_bytes)
+            if mapped:
+                data = np.asarray(np.memmap(path, dtype, mode="c", offset=start, shape=shape, order="F"))
+            else:
+                raw = _read_exactly(stream, math.prod(shape) * dtype.itemsize)
+                data = _scaled(raw.view(dtype).reshape(shape, order="F"), slope, inter)
+        data, filled = _fill_nonfinite(data)
+        notes += filled
+    _warn(f"{path.name}: {note}" for note in notes)
+    return Volume(data, affine, header, path, tuple(notes))
+
+
+def _read_header(stream: Any) -> Any:
+    """The header, with its extensions walked and dropped; `stream` is left at the first voxel."""
+    start = stream.read(348)
+    if not start:
+        raise VolumeError("the file is empty", READ_AGAIN)
+    order = next((o for o in _ORDERS if int.from_bytes(start[:4], o) in (348, 540)), None)
+    if order is None:
+        raise VolumeError(f"not a NIfTI file: it begins with {start[:16]!r}", NOT_NIFTI)
+    kind = nib.Nifti1Header if int.from_bytes(start[:4], order) == 348 else nib.Nifti2Header
+    start += stream.read(kind.sizeof_hdr - len(start))
+    if len(start) < kind.sizeof_hdr:
+        raise VolumeError(f"the header ends after {len(start)} of {kind.sizeof_hdr} bytes: truncated", READ_AGAIN)
+    header = kind(start, endianness=order, check=False)
+    if not bytes(header["magic"]).startswith(b"n+"):
+        raise VolumeError(f"magic {bytes(header['magic'])!r} is not that of a single-file NIfTI", NOT_NIFTI)
+    room = (float(header["vox_offset"]) or kind.single_vox_offset) - kind.single_vox_offset  # 0: after the header
+    if not 0 <= room <= MAX_EXTENSION_BYTES or room % 1:
+        raise VolumeError(f"vox_offset {float(header['vox_offset']):g} is absurd", READ_AGAIN)
+    flag, extensions, position = stream.read(4), stream.read(int(room)), 0
+    if len(flag) + len(extensions) < 4 + room:
+        raise VolumeError("the file ends before its first voxel: truncated", READ_AGAIN)
+    while flag[0] and position + 8 <= room:
+        length = int.from_bytes(extensions[position : position + 4], order, signed=True)
+        if length == 0:  # padding after the last one
+            break
+        if length < 8 or position + length > room:
+            raise VolumeError(f"a header extension claims {length} of {int(room) - position} bytes", READ_AGAIN)
+        position += length
+    return header
+
+
+def _checked_shape(header: Any, channels: bool) -> tuple[int, ...]:
+    """(i, j, k) or (i, j, k, C) as claimed."""
+    ndim, *dims = (int(n) for n in header["dim"])
+    dims = dims[: max(0, ndim)]
+    if not 1 <= ndim <= 7 or min(dims) < 1:
+        raise VolumeError(f"the header claims {ndim} dimensions, shape {tuple(dims)}", READ_AGAIN)
+    if ndim < 3:
+        raise VolumeError(f"a {ndim}-D image of shape {tuple(dims)}", "give a volume of three dimensions")
+    several = [n for n in dims[3:] if n > 1]
+    if len(several) > 1 or (several and not channels):
+        cause = f"{math.prod(several)} volumes in one file, shape {tuple(dims)}"
+        raise VolumeError(cause, "choose one, for example with nibabel: image.slicer[..., 0]")
+    return (*dims[:3], *several)
+
+
+def _checked_geometry(header: Any) -> tuple[np.ndarray, list[str]]:
+    """The affine in millimetres, and what is doubtful about it; sform before qform, as nibabel and most tools do."""
+    zooms, notes = header["pixdim"][1:4].astype(np.float64), []
+    if not (np.isfinite(zooms).all() and (zooms > 0).all()):
+        raise VolumeError(f"voxel spacing {_numbers(zooms)}", "write the true spacing in mm into the header (pixdim)")
+    if header["pixdim"][0] not in (-1, 1):
+        header["pixdim"][0] = 1  # qfac: the standard's reading of 0
+    sform, qform = int(header["sform_code"]) != 0, int(header["qform_code"]) != 0
+    if not sform and not qform:
+        notes.append("sform and qform codes are both 0: orientation unknown, assumed x to the left, y front, z head")
+    affine = _checked_affine(header.get_best_affine())
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.allclose(spacing, zooms, rtol=0.01):
+        notes.append(f"pixdim says {_numbers(zooms)}, the affine {_numbers(spacing)} spacing: the affine is used")
+    if sform and qform:
+        corners = np.array([(*c, 1) for c in itertools.product(*((0, int(n) - 1) for n in header["dim"][1:4]))]).T
+        try:
+            apart = float(np.abs((affine - header.get_qform()) @ corners).max())
+        except HeaderDataError:  # a quaternion longer than 1
+            apart = math.nan
+        if not apart <= 0.1 * spacing.min():  # a NaN also counts
+            notes.append(f"sform and qform disagree by up to {apart:.3g} mm: sform is used")
+    unit = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
+    if unit != 1:
+        notes.append(f"lengths were in units of {unit:g} mm and are now in millimetres")
+        affine[:3] *= unit
+    return _checked_affine(affine, SPACING_LIMITS_MM), notes
+
+
+def _checked_affine(affine: np.ndarray, limits: tuple[float, float] = (0, math.inf)) -> np.ndarray:
+    """A float64 copy of a usable affine, (4, 4), with spacing within `limits`."""
+    affine = np.array(affine, dtype=np.float64)
+    remedy = "write a valid sform or qform into the header"
+    if affine.shape != (4, 4) or not np.isfinite(affine).all():
+        raise VolumeError(f"the affine is not 4 x 4 finite numbers: {affine.tolist()}", remedy)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if not spacing.all() or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-4:
+        raise VolumeError(f"the affine is singular: {affine.tolist()}", remedy)
+    if not limits[0] <= spacing.min() <= spacing.max() <= limits[1]:
+        raise VolumeError(f"the affine's voxel spacing is {_numbers(spacing)}", remedy)
+    return affine
+
+
+def _checked_scaling(header: Any) -> tuple[float, float]:
+    """(slope, intercept) of a real voxel type; a stored slope of 0 means no scaling (NIfTI-1 standard)."""
+    code = int(header["datatype"])
+    if code not in _DTYPE_CODES:
+        name = nib.nifti1.data_type_codes.label.get(code, "unknown")
+        raise VolumeError(f"voxel type {name} (code {code})", "give one integer, float32 or float64 a voxel")
+    slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
+    if slope == 0:
+        return 1.0, 0.0
+    if not (abs(slope) <= MAX_SCALING and abs(inter) <= MAX_SCALING):  # a NaN also fails
+        raise VolumeError(f"scl_slope {slope:g} and scl_inter {inter:g}", "set them to 1 and 0, or to the true scaling")
+    return slope, inter
+
+
+def _check_size(shape: tuple[int, ...], dtype: np.dtype, start: int, size: int, packed: bool, max_bytes: float) -> None:
+    """Compare what the header claims with the file's size and with the memory allowed, before any is taken."""
+    claimed = math.prod(shape) * dtype.itemsize
+    what = f"shape {' x '.join(map(str, shape))} of {dtype.name} is {claimed} bytes"
+    if (start + claimed) > size * (MAX_DEFLATE_RATIO if packed else 1):
+        raise VolumeError(f"{what}, but the file has only {size}: truncated, or a wrong header", READ_AGAIN)
+    if not packed and start + claimed < size:
+        raise VolumeError(f"{what}, but {size - start} follow the header: a wrong header", READ_AGAIN)
+    if claimed > max_bytes:
+        raise VolumeError(f"{what}, more than {max_bytes / 2**30:.3g} GiB", "crop the image, or raise max_bytes")
+
+
+def _read_exactly(stream: Any, count: int) -> np.ndarray:
+    """`count` bytes, and then the end of the stream, where gzip compares checksum and length."""
+    raw, done = np.empty(count, np.uint8), 0  # pages become real only as the file fills them
+    while got := stream.readinto(raw[done : done + 2**20]):
+        done += got
+    if done < count:
+        raise VolumeError(f"the file ends after {done} of {count} bytes of voxels: truncated", READ_AGAIN)
+    if stream.read(1):
+        raise VolumeError(f"the file goes on after the {count} bytes that its header claims", READ_AGAIN)
+    return raw
+
+
+def _scaled(data: np.ndarray, slope: float, inter: float) -> np.ndarray:
+    """data * slope + inter, computed in float64 slice by slice; without scaling the same numbers, in native order."""
+    if (slope, inter) == (1, 0):
+        return data if data.dtype.isnative else data.byteswap(inplace=True).view(data.dtype.newbyteorder("="))
+    small = data.dtype.itemsize <= 2 or data.dtype.str[1:] == "f4"
+    out = np.empty(data.shape, np.float32 if small else np.float64, order="F")
+    for index in range(data.shape[2]):
+        part = data[:, :, index]
+        if data.dtype.kind in "iu" and max(int(part.max()), -int(part.min())) > 2**53:
+            raise VolumeError("integers beyond 2^53 with a scaling lose digits", "store them without scaling")
+        out[:, :, index] = part.astype(np.float64) * slope + inter
+    return out
+
+
+def _fill_nonfinite(data: np.ndarray, *, copy: bool = False) -> tuple[np.ndarray, list[str]]:
+    """Replace NaN and infinity by the smallest finite value, in place unless `copy`."""
+    if data.dtype.kind != "f":
+        return data, []
+    bad, low, high = 0, math.inf, -math.inf
+    for index in range(data.shape[2]):
+        part = data[:, :, index]
+        finite = np.isfinite(part)
+        values = part if finite.all() else part[finite]
+        bad += part.size - values.size
+        low, high = min(low, float(values.min(initial=math.inf))), max(high, float(values.max(initial=-math.inf)))
+    if low > high:
+        raise VolumeError("no voxel has a finite value", READ_AGAIN)
+    if max(-low, high) > MAX_VALUE:
+        raise VolumeError(f"values from {low:g} to {high:g} are beyond any image", READ_AGAIN)
+    if not bad:
+        return data, []
+    data = data.copy(order="K") if copy else data
+    for index in range(data.shape[2]):
+        part = data[:, :, index]
+        part[~np.isfinite(part)] = low
+    return data, [f"{bad} of {data.size} voxels were NaN or infinite and are now {low:g}, the smallest value"]
+
+
+# ---- the way out
+
+
+def write_volume(volume: Volume, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Write a .nii or .nii.gz file: all of it or nothing (temporary file beside it, fsync, rename).
+
+    Errors: VolumeError when the file exists (without `overwrite`) or is the one `volume` was read from, when the folder
+    does not exist, for a voxel type that NIfTI has not, and when the disk is full; then nothing is left behind.
+    """
+    path = Path(path)
+    with _typed("write", path):
+        _check_target(volume, path, overwrite)
+        data, header = _encoded(volume)
+        part = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.part")  # fixed: a killed run's is reused
+        part.unlink(missing_ok=True)
+        try:
+            with part.open("xb") as file:
+                gz = path.name.endswith(".gz")
+                with gzip.GzipFile("", "wb", 1, file, mtime=0) if gz else nullcontext(file) as stream:
+                    stream.write(header.binaryblock + b"\0\0\0\0")  # no extensions
+                    for index in np.ndindex(*data.T.shape[:-2]):  # a mapped volume is never whole in memory
+                        stream.write(data.T[index].astype(header.get_data_dtype(), copy=False).tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+                if not os.path.samestat(os.fstat(file.fileno()), part.stat()):
+                    raise VolumeError("another process writes the same output", "give each its own")
+            part.replace(path)
+        except BaseException:  # an interrupt too leaves nothing
+            part.unlink(missing_ok=True)
+            raise
+
+
+def _check_target(volume: Volume, path: Path, overwrite: bool) -> None:
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise VolumeError("the name does not end in .nii or .nii.gz", "choose such a name")
+    if not path.parent.is_dir():
+        raise VolumeError(f"the folder {str(path.parent)!r} does not exist", "make it first")
+    if path.exists():
+        if volume.path is not None and volume.path.exists() and path.samefile(volume.path):
+            raise VolumeError("it is the input itself", "choose another output name")
+        if not overwrite or not path.is_file():
+            raise VolumeError("it exists already", "choose another name, or pass overwrite=True")
+
+
+def _encoded(volume: Volume) -> tuple[np.ndarray, Any]:
+    """Voxels in a type that NIfTI has, and the little-endian single-file header that describes them."""
+    data, header = volume.data, volume.header
+    if data.dtype.kind == "b" or data.dtype == np.float16:
+        data = data.astype(np.uint8 if data.dtype.kind == "b" else np.float32)
+    if data.dtype.kind not in "iuf" or data.dtype.itemsize > 8:
+        raise VolumeError(f"NIfTI has no place for {data.dtype} voxels", "convert them to an integer or float type")
+    millimetres = header is not None and _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7) == 1
+    header = nib.Nifti1Header() if header is None else header.as_byteswapped("<")
+    header.set_data_dtype(data.dtype)
+    header.set_data_shape(data.shape)
+    header["pixdim"][4:] = 1  # channels, not time
+    header["vox_offset"], header["magic"] = header.single_vox_offset, header.single_magic
+    header.set_slope_inter(1, 0)
+    if not millimetres:
+        header.set_xyzt_units("mm")
+    if not millimetres or not np.allclose(header.get_best_affine(), volume.affine, rtol=1e-6, atol=1e-5):
+        code = max(int(header["sform_code"]), int(header["qform_code"])) or 2  # 2: aligned to something else
+        header.set_qform(volume.affine, code=code)
+        header.set_sform(volume.affine, code=code)
+    return data, header
+
+
+# ---- between a file's grid and a model's
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a model expects of its input.
+
+    Args:
+        spacing_mm: voxel spacing (z, y, x); None keeps the scan's own.
+        orientation: only "RAS": x to the right, y to the front, z to the head.
+        unit: "HU" (CT) or "arbitrary" (MR: negative values become 0).
+        window: (low, high) in `unit`, clipped to; an end that is None is the image's own extreme.
+            None is (-1024, 1024) for HU and (None, None), min-max, for arbitrary units.
+        scale: what low and high become.
+    """
+
+    spacing_mm: tuple[float, float, float] | None = None
+    orientation: str = "RAS"
+    unit: str = "HU"
+    window: tuple[float | None, float | None] | None = None
+    scale: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.window is None:
+            object.__setattr__(self, "window", CT_WINDOW_HU if self.unit == "HU" else (None, None))
+        spacing, window = self.spacing_mm, self.window or (None, None)
+        if spacing is not None and (len(spacing) != 3 or not all(0 < s < math.inf for s in spacing)):
+            raise ArgumentError(f"spacing_mm {spacing}", "give three positive millimetres (z, y, x), or None")
+        if self.orientation != "RAS":
+            raise ArgumentError(f"orientation {self.orientation!r}", "only 'RAS' is supported")
+        if self.unit not in ("HU", "arbitrary"):
+            raise ArgumentError(f"unit {self.unit!r}", "give 'HU' or 'arbitrary'")
+        for low, high in (window, self.scale):
+            if low is not None and high is not None and not -math.inf < low < high < math.inf:
+                raise ArgumentError(f"window {window} and scale {self.scale}", "give finite (low, high), low < high")
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A volume as a model wants it, and the way back.
+
+    Args:
+        image: (1, 1, D, H, W) float32, canonical RAS+ axes as (z, y, x), windowed and scaled (to [0, 1] by default).
+        affine: (4, 4) float64, tensor index (z, y, x) -> world (x, y, z) in RAS+ millimetres: `affine @ (z, y, x, 1)`.
+        source: the volume given.
+        warnings: the source's notes and what looks unlike the model's input, with numbers.
+    """
+
+    image: torch.Tensor
+    affine: np.ndarray
+    source: Volume
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(D, H, W) of the canonical grid."""
+        D, H, W = self.image.shape[2:]
+        return D, H, W
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Millimetres between voxels along (z, y, x)."""
+        z, y, x = np.linalg.norm(self.affine[:3, :3], axis=0).tolist()
+        return z, y, x
+
+    def restore(self, array: torch.Tensor | np.ndarray, *, nearest: bool = False) -> Volume:
+        """Bring an array from the canonical grid onto the source's own grid: its axes, shape, affine and header.
+
+        Args:
+            array: (D, H, W) or (C, D, H, W), any device; (1, C, D, H, W) is taken as (C, D, H, W).
+            nearest: take the nearest voxel and keep the type (labels); otherwise interpolate linearly to float32.
+
+        Errors: ArgumentError for another shape, or for integers without `nearest`.
+        """
+        array = self._on_grid(array)
+        if not nearest and array.dtype.kind != "f":
+            raise ArgumentError(f"labels ({array.dtype}) cannot be interpolated", "pass nearest=True, or a float array")
+        order, flips = _canonical(self.source.affine)
+        size = tuple(self.source.shape[axis] for axis in order)
+        channels = array if array.ndim == 4 else array[None]
+        out = np.empty((*self.source.shape, len(channels)), array.dtype if nearest else np.float32, order="F")
+        for index, channel in enumerate(channels):
+            target = out[..., index].transpose(order)[flips]  # (z, y, x) view of the file's own axes
+            target[...] = _nearest(channel, size) if nearest else _resample(channel, size)
+        return self._volume(out if array.ndim == 4 else out[..., 0], self.source.affine)
+
+    def place(self, array: torch.Tensor | np.ndarray) -> Volume:
+        """The same array as a Volume on the canonical grid itself, axes (x, y, z): nothing is resampled."""
+        array = self._on_grid(array)
+        array = np.moveaxis(array, 0, -1).transpose(2, 1, 0, 3) if array.ndim == 4 else array.transpose(2, 1, 0)
+        return self._volume(array, self.affine[:, [2, 1, 0, 3]])
+
+    def _on_grid(self, array: torch.Tensor | np.ndarray) -> np.ndarray:
+        if isinstance(array, torch.Tensor):
+            array = array.detach().cpu()
+            array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
+        array = array[0] if array.ndim == 5 and len(array) == 1 else array
+        if array.ndim not in (3, 4) or array.shape[-3:] != self.shape:
+            D, H, W = self.shape
+            raise ArgumentError(f"an array of shape {array.shape}", f"expected ({D}, {H}, {W}) or (C, {D}, {H}, {W})")
+        return array
+
+    def _volume(self, data: np.ndarray, affine: np.ndarray) -> Volume:
+        header = self.source.header
+        if header is not None:
+            header = header.copy()
+            header["cal_min"] = header["cal_max"] = 0  # the scan's display window is not the output's
+        return replace(self.source, data=data, affine=affine, header=header)
+
+
+def prepare(volume: Volume, preprocessing: Preprocessing, *, max_bytes: int = MAX_BYTES) -> Prepared:
+    """Bring a volume onto the canonical grid at the model's spacing, windowed and scaled.
+
+    An axis of n voxels becomes max(1, round(n * spacing / target)) voxels over exactly the same millimetres; one whose
+    number stays is untouched bit for bit. What looks unlike the model's input is in `Prepared.warnings`, and is warned
+    about (InputWarning).
+
+    Errors: VolumeError for several channels, or when the result would take more than `max_bytes`.
+    """
+    if volume.data.ndim != 3:
+        raise VolumeError(f"{volume.data.shape[3]} channels", "prepare one at a time")
+    data, filled = _fill_nonfinite(volume.data, copy=True)
+    order, flips = _canonical(volume.affine)
+    source = data.transpose(order)[flips]  # (z, y, x), a view
+    spacing = [volume.spacing_mm[axis] for axis in order]
+    wanted = preprocessing.spacing_mm or spacing
+    size = tuple(max(1, round(n * own / new)) for n, own, new in zip(source.shape, spacing, wanted, strict=True))
+    if 4 * math.prod(size) > max_bytes:
+        cause = f"{_numbers(spacing)} resampled to {_numbers(wanted)} takes {4 * math.prod(size) / 2**30:.3g} GiB"
+        raise VolumeError(cause, "check the header's spacing, crop the image, or raise max_bytes")
+    found = filled + _doubts(data, preprocessing.unit)
+    _warn(f"{volume.path.name}: {text}" if volume.path else text for text in found)
+    image = torch.from_numpy(_resample(source, size))
+    _to_scale(image, preprocessing)
+    return Prepared(image[None, None], _canonical_affine(volume, order, flips, size), volume, (*volume.notes, *found))
+
+
+def _canonical(affine: np.ndarray) -> tuple[tuple[int, int, int], tuple[slice, slice, slice]]:
+    """The file's axes that run nearest to z, y, x, and the slices that turn them to RAS+."""
+    axes = nib.orientations.io_orientation(affine)  # a row an own axis: the world axis nearest to it, +-1
+    own = {int(world): index for index, (world, _) in enumerate(axes)}
+    z, y, x = own[2], own[1], own[0]
+    i, j, k = (slice(None, None, int(axes[axis, 1])) for axis in (z, y, x))
+    return (z, y, x), (i, j, k)
+
+
+def _canonical_affine(volume: Volume, order: Sequence[int], flips: Sequence[slice], size: Sequence[int]) -> np.ndarray:
+    """Tensor index (z, y, x) -> world; the source's index is (index + 1/2) * ratio - 1/2, from the turned end."""
+    own = np.zeros((4, 4))  # tensor index -> the file's own voxel index
+    own[3, 3] = 1
+    for axis, (n_out, from_axis, turn) in enumerate(zip(size, order, flips, strict=True)):
+        n_in = volume.shape[from_axis]
+        ratio, start = n_in / n_out, (n_in / n_out - 1) / 2
+        own[from_axis, axis] = turn.step * ratio
+        own[from_axis, 3] = start if turn.step > 0 else n_in - 1 - start
+    return volume.affine @ own
+
+
+def _resample(source: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Linear interpolation, (D, H, W) of any type -> float32 of `size`, a copy; a matrix product an axis.
+
+    In numpy: torch's products may run in bf16 when the user lowered the matmul precision. x and y first, in slabs of z,
+    so that only slabs of a mapped or integer source become float32 at its own resolution.
+    """
+    D, H, W = source.shape
+    along_z, along_y, along_x = (_weights(n, new) for n, new in zip(source.shape, size, strict=True))
+    plane = np.empty((D, size[1], size[2]), np.float32)
+    step = max(1, 2**20 // (H * W))
+    for start in range(0, D, step):
+        slab = np.ascontiguousarray(source[start : start + step], dtype=np.float32)
+        slab = slab if along_x is None else (slab.reshape(-1, W) @ along_x.T).reshape(-1, H, size[2])
+        plane[start : start + step] = slab if along_y is None else along_y @ slab
+    return plane if along_z is None else (along_z @ plane.reshape(D, -1)).reshape(tuple(size))
+
+
+def _weights(n_in: int, n_out: int) -> np.ndarray | None:
+    """(n_out, n_in) float32 triangle filter, widened where the axis gets coarser; None for one that keeps its size.
+
+    The weights inside the image sum to 1. Agrees with torch's interpolate(align_corners=False), antialiased.
+    """
+    if n_in == n_out:
+        return None
+    ratio = n_in / n_out
+    centres = (np.arange(n_out)[:, None] + 0.5) * ratio - 0.5
+    weights = np.clip(1 - np.abs(np.arange(n_in) - centres) / max(ratio, 1.0), 0, None)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _nearest(source: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """The nearest voxel, (D, H, W) -> `size`, in the same type; in integers, so that ties never depend on rounding."""
+    z, y, x = ((2 * np.arange(new) + 1) * n // (2 * new) for n, new in zip(source.shape, size, strict=True))
+    return source[z][:, y][:, :, x]
+
+
+def _to_scale(image: torch.Tensor, preprocessing: Preprocessing) -> None:
+    """Clip to the window and map it onto the scale, in place; a constant image becomes the scale's lower end."""
+    low, high = preprocessing.window or (None, None)
+    if preprocessing.unit == "arbitrary":
+        image.clamp_(min=0)
+    low = float(image.min()) if low is None else low
+    high = float(image.max()) if high is None else high
+    if high > low:
+        image.clamp_(low, high).sub_(low).div_(high - low)
+    else:
+        image.zero_()
+    if preprocessing.scale != (0.0, 1.0):
+        bottom, top = preprocessing.scale
+        image.mul_(top - bottom).add_(bottom)
+
+
+def _doubts(data: np.ndarray, unit: str) -> list[str]:
+    """What does not look like the unit expected, with the numbers and a way out."""
+    low, high = float(data.min()), float(data.max())
+    if low == high:
+        return [f"every voxel is {low:g}: an empty image"]
+    span = f"values span {low:g} to {high:g}"
+    thin = data[tuple(slice(None, None, max(1, n // 64)) for n in data.shape)]
+    dark = 100 * float((thin < -200).mean())
+    if unit == "arbitrary":
+        return [f"expected MR, but {span} and {dark:.0f} % lie below -200: CT in HU?"] if dark > 1 else []
+    if max(-low, high) <= 1:
+        return [f"expected HU, but {span}: already scaled? Give the original scan"]
+    if low >= 0 and high <= 255:
+        return [f"expected HU, but {span}: an 8-bit picture, or MR? Give the original scan, or choose a model for MR"]
+    if low >= 0:
+        return [f"expected HU, but {span}: shifted by 1024 (then subtract it), or MR (then choose a model for MR)?"]
+    if low > -200 or dark == 0:
+        return [f"expected HU, but {span} with next to nothing below -200 (air): MR, or already windowed?"]
+    return []
+
+
+# ---- errors and warnings
+
+
+@contextmanager
+def _typed(action: str, path: Path) -> Iterator[None]:
+    """Every failure that a file can cause becomes a VolumeError that names the file."""
+    what = f"cannot {action} {str(path)!r}"
+    try:
+        yield
+    except VolumeError as error:
+        raise VolumeError(f"{what}: {error.cause}", error.remedy) from error.__cause__
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise VolumeError(f"{what}: the gzip stream is damaged ({error})", READ_AGAIN) from error
+    except MemoryError as error:
+        raise VolumeError(f"{what}: not enough memory", "crop the image or free memory") from error
+    except OSError as error:
+        cause = f"{what}: {error.strerror or error}"
+        raise VolumeError(cause, "check the path, the permissions and the free space") from error
+    except (HeaderDataError, ValueError, TypeError, ArithmeticError, KeyError) as error:
+        raise VolumeError(f"{what}: {error}", NOT_NIFTI if action == "read" else "") from error
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return " x ".join(f"{float(v):.4g}" for v in values) + " mm"
+
+
+def _warn(messages: Iterable[str]) -> None:
+    for message in messages:
+        warnings.warn(message, InputWarning, stacklevel=3)

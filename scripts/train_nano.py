@@ -1,0 +1,56 @@
+"""Pre-train the embedded model on scans and synthetic anatomy: python scripts/train_nano.py DATA --out runs/nano
+
+DATA holds `index.csv` (columns file, modality, anatomy) and the CT files that it names; only the scans below are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from gvsl_zoo.pretrain.config import PretrainConfig
+from gvsl_zoo.pretrain.data import Scan
+from gvsl_zoo.pretrain.loop import pretrain
+from gvsl_zoo.volume import Preprocessing, prepare, read_volume
+
+# Left out on purpose, as test subjects: lungfcp_0001, acrin_flt_013, kits_00072.
+SCANS = {
+    "chest": [
+        "ts_cardiac",
+        "lidc0001",
+        "lidc0314",
+        "cmb_crc_01068",
+        "lungdx_a0002",
+        "rider_pilot_0117",
+        "rider_pilot_0109",
+    ],
+    "abdomen": ["acrin_flt_001", "cptac_pda_00189", "tcga_lihc_a10x", "ts_abdomen", "ts_abdomen_slab"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("runs/nano"))
+    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    config = PretrainConfig(steps=options.steps)
+    recipe = Preprocessing(spacing_mm=(config.spacing_mm,) * 3)
+    scans = [
+        Scan(prepare(read_volume(options.data / "ct" / f"{name}.nii.gz"), recipe).image[0], region)
+        for region, names in SCANS.items()
+        for name in names
+    ]
+    for scan, name in zip(scans, sum(SCANS.values(), []), strict=True):
+        print(scan.region, name, tuple(scan.image.shape[1:]))
+    print(dataclasses.asdict(config))
+    pretrain(config, options.out, scans)
+
+
+if __name__ == "__main__":
+    main()
