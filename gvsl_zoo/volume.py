@@ -23,6 +23,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from nibabel.spatialimages import HeaderDataError
+from torch.nn import functional as F
 
 from gvsl_zoo.errors import ArgumentError, VolumeError
 
@@ -34,6 +35,7 @@ SPACING_LIMITS_MM = (1e-4, 1e3)  # from microscopy to nonsense
 MAX_SCALING = 1e10  # |slope|, |intercept|; quantitative maps stay below 1e7
 MAX_VALUE = 1e30  # beyond it the difference of two voxels overflows float32
 NOT_NIFTI = "give a NIfTI-1 or NIfTI-2 file (.nii, .nii.gz); dcm2niix converts DICOM"
+WRITE_AFFINE = "write a valid sform or qform into the header"
 READ_AGAIN = "the file is damaged: copy or export it again from its source"
 _MM_PER_UNIT = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}  # xyzt_units: unknown, metre, millimetre, micron
 _ORDERS: tuple[Literal["little", "big"], ...] = ("little", "big")
@@ -178,7 +180,10 @@ def _checked_geometry(header: Any) -> tuple[np.ndarray, list[str]]:
     sform, qform = int(header["sform_code"]) != 0, int(header["qform_code"]) != 0
     if not sform and not qform:
         notes.append("sform and qform codes are both 0: orientation unknown, assumed x to the left, y front, z head")
-    affine = _checked_affine(header.get_best_affine())
+    try:
+        affine = _checked_affine(header.get_best_affine())
+    except (HeaderDataError, ValueError) as error:
+        raise VolumeError(f"the qform is invalid: {error}", WRITE_AFFINE) from error
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not np.allclose(spacing, zooms, rtol=0.01):
         notes.append(f"pixdim says {_numbers(zooms)}, the affine {_numbers(spacing)} spacing: the affine is used")
@@ -186,7 +191,7 @@ def _checked_geometry(header: Any) -> tuple[np.ndarray, list[str]]:
         corners = np.array([(*c, 1) for c in itertools.product(*((0, int(n) - 1) for n in header["dim"][1:4]))]).T
         try:
             apart = float(np.abs((affine - header.get_qform()) @ corners).max())
-        except HeaderDataError:  # a quaternion longer than 1
+        except (HeaderDataError, ValueError):  # a quaternion longer than 1
             apart = math.nan
         if not apart <= 0.1 * spacing.min():  # a NaN also counts
             notes.append(f"sform and qform disagree by up to {apart:.3g} mm: sform is used")
@@ -200,14 +205,13 @@ def _checked_geometry(header: Any) -> tuple[np.ndarray, list[str]]:
 def _checked_affine(affine: np.ndarray, limits: tuple[float, float] = (0, math.inf)) -> np.ndarray:
     """A float64 copy of a usable affine, (4, 4), with spacing within `limits`."""
     affine = np.array(affine, dtype=np.float64)
-    remedy = "write a valid sform or qform into the header"
     if affine.shape != (4, 4) or not np.isfinite(affine).all():
-        raise VolumeError(f"the affine is not 4 x 4 finite numbers: {affine.tolist()}", remedy)
+        raise VolumeError(f"the affine is not 4 x 4 finite numbers: {affine.tolist()}", WRITE_AFFINE)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not spacing.all() or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-4:
-        raise VolumeError(f"the affine is singular: {affine.tolist()}", remedy)
+        raise VolumeError(f"the affine is singular: {affine.tolist()}", WRITE_AFFINE)
     if not limits[0] <= spacing.min() <= spacing.max() <= limits[1]:
-        raise VolumeError(f"the affine's voxel spacing is {_numbers(spacing)}", remedy)
+        raise VolumeError(f"the affine's voxel spacing is {_numbers(spacing)}", WRITE_AFFINE)
     return affine
 
 
@@ -257,7 +261,7 @@ def _scaled(data: np.ndarray, slope: float, inter: float) -> np.ndarray:
     out = np.empty(data.shape, np.float32 if small else np.float64, order="F")
     for index in range(data.shape[2]):
         part = data[:, :, index]
-        if data.dtype.kind in "iu" and max(int(part.max()), -int(part.min())) > 2**53:
+        if data.dtype.itemsize == 8 and data.dtype.kind != "f" and max(int(part.max()), -int(part.min())) > 2**53:
             raise VolumeError("integers beyond 2^53 with a scaling lose digits", "store them without scaling")
         out[:, :, index] = part.astype(np.float64) * slope + inter
     return out
@@ -365,7 +369,7 @@ class Preprocessing:
         spacing_mm: voxel spacing (z, y, x); None keeps the scan's own.
         orientation: only "RAS": x to the right, y to the front, z to the head.
         unit: "HU" (CT) or "arbitrary" (MR: negative values become 0).
-        window: (low, high) in `unit`, clipped to; an end that is None is the image's own extreme.
+        window: (low, high) in `unit`, clipped to; an end that is None is the scan's own extreme.
             None is (-1024, 1024) for HU and (None, None), min-max, for arbitrary units.
         scale: what low and high become.
     """
@@ -484,10 +488,11 @@ def prepare(volume: Volume, preprocessing: Preprocessing, *, max_bytes: int = MA
     if 4 * math.prod(size) > max_bytes:
         cause = f"{_numbers(spacing)} resampled to {_numbers(wanted)} takes {4 * math.prod(size) / 2**30:.3g} GiB"
         raise VolumeError(cause, "check the header's spacing, crop the image, or raise max_bytes")
-    found = filled + _doubts(data, preprocessing.unit)
+    extremes = float(data.min()), float(data.max())
+    found = filled + _doubts(data, extremes, preprocessing.unit)
     _warn(f"{volume.path.name}: {text}" if volume.path else text for text in found)
     image = torch.from_numpy(_resample(source, size))
-    _to_scale(image, preprocessing)
+    _to_scale(image, extremes, preprocessing)
     return Prepared(image[None, None], _canonical_affine(volume, order, flips, size), volume, (*volume.notes, *found))
 
 
@@ -513,48 +518,46 @@ def _canonical_affine(volume: Volume, order: Sequence[int], flips: Sequence[slic
 
 
 def _resample(source: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Linear interpolation, (D, H, W) of any type -> float32 of `size`, a copy; a matrix product an axis.
+    """Linear interpolation, (D, H, W) of any type -> float32 of `size`, a copy.
 
-    In numpy: torch's products may run in bf16 when the user lowered the matmul precision. x and y first, in slabs of z,
-    so that only slabs of a mapped or integer source become float32 at its own resolution.
+    Where an axis gets coarser, a triangle filter as wide as an output voxel; the weights inside the image sum to 1.
+    x and y first, in slabs of z, so that only slabs of a mapped or integer source become float32 at its own resolution.
     """
     D, H, W = source.shape
-    along_z, along_y, along_x = (_weights(n, new) for n, new in zip(source.shape, size, strict=True))
     plane = np.empty((D, size[1], size[2]), np.float32)
-    step = max(1, 2**20 // (H * W))
+    step = max(1, 2**22 // (H * W))  # small slabs cost more in threads than they save
     for start in range(0, D, step):
-        slab = np.ascontiguousarray(source[start : start + step], dtype=np.float32)
-        slab = slab if along_x is None else (slab.reshape(-1, W) @ along_x.T).reshape(-1, H, size[2])
-        plane[start : start + step] = slab if along_y is None else along_y @ slab
-    return plane if along_z is None else (along_z @ plane.reshape(D, -1)).reshape(tuple(size))
+        plane[start : start + step] = _interpolate(
+            np.array(source[start : start + step], np.float32, order="C"), size[1:]
+        )
+    return _interpolate(plane.reshape(1, D, -1), (size[0], size[1] * size[2])).reshape(tuple(size))
 
 
-def _weights(n_in: int, n_out: int) -> np.ndarray | None:
-    """(n_out, n_in) float32 triangle filter, widened where the axis gets coarser; None for one that keeps its size.
-
-    The weights inside the image sum to 1. Agrees with torch's interpolate(align_corners=False), antialiased.
-    """
-    if n_in == n_out:
-        return None
-    ratio = n_in / n_out
-    centres = (np.arange(n_out)[:, None] + 0.5) * ratio - 0.5
-    weights = np.clip(1 - np.abs(np.arange(n_in) - centres) / max(ratio, 1.0), 0, None)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+def _interpolate(planes: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Planes of float32, (N, H, W) -> (N, *size); those that keep their size are handed through."""
+    if planes.shape[1:] == tuple(size):
+        return planes
+    return F.interpolate(torch.from_numpy(planes)[None], tuple(size), mode="bilinear", antialias=True)[0].numpy()
 
 
 def _nearest(source: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """The nearest voxel, (D, H, W) -> `size`, in the same type; in integers, so that ties never depend on rounding."""
-    z, y, x = ((2 * np.arange(new) + 1) * n // (2 * new) for n, new in zip(source.shape, size, strict=True))
-    return source[z][:, y][:, :, x]
+    for axis in (2, 1, 0):  # the costly gather along x while the array is small
+        n, new = source.shape[axis], size[axis]
+        source = source if n == new else source.take((2 * np.arange(new) + 1) * n // (2 * new), axis)
+    return source
 
 
-def _to_scale(image: torch.Tensor, preprocessing: Preprocessing) -> None:
-    """Clip to the window and map it onto the scale, in place; a constant image becomes the scale's lower end."""
-    low, high = preprocessing.window or (None, None)
-    if preprocessing.unit == "arbitrary":
-        image.clamp_(min=0)
-    low = float(image.min()) if low is None else low
-    high = float(image.max()) if high is None else high
+def _to_scale(image: torch.Tensor, extremes: tuple[float, float], preprocessing: Preprocessing) -> None:
+    """Clip to the window and map it onto the scale, in place; a constant image becomes the scale's lower end.
+
+    The extremes are the source's: resampling would blur them, and make a range out of rounding errors.
+    """
+    floor = 0.0 if preprocessing.unit == "arbitrary" else -math.inf
+    low, high = (
+        max(floor, extreme) if end is None else end
+        for end, extreme in zip(preprocessing.window or (None, None), extremes, strict=True)
+    )
     if high > low:
         image.clamp_(low, high).sub_(low).div_(high - low)
     else:
@@ -564,9 +567,9 @@ def _to_scale(image: torch.Tensor, preprocessing: Preprocessing) -> None:
         image.mul_(top - bottom).add_(bottom)
 
 
-def _doubts(data: np.ndarray, unit: str) -> list[str]:
+def _doubts(data: np.ndarray, extremes: tuple[float, float], unit: str) -> list[str]:
     """What does not look like the unit expected, with the numbers and a way out."""
-    low, high = float(data.min()), float(data.max())
+    low, high = extremes
     if low == high:
         return [f"every voxel is {low:g}: an empty image"]
     span = f"values span {low:g} to {high:g}"

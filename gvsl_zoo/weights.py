@@ -1,0 +1,237 @@
+"""Bytes -> tensors: safetensors files, memory-mapped, with every claim of the header checked before it is believed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import WeightsError
+
+MAX_HEADER_BYTES = 4 * 2**20  # 400 tensors and a model's entry take 60 kB
+MAX_LISTED = 5  # names that an error lists
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DOWNLOAD_AGAIN = "the file is damaged or is no safetensors file: get it again from its source"
+
+
+@dataclass(frozen=True)
+class TensorSlot:
+    """Where a tensor lies in the file: bytes start to end, counted from the file's beginning."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A safetensors file whose header has been read and found consistent; its data lies untouched on the disk."""
+
+    path: Path
+    size: int
+    slots: Mapping[str, TensorSlot]
+    metadata: Mapping[str, str]
+
+    @cached_property
+    def _bytes(self) -> Tensor:
+        return torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of the file, mapped copy-on-write: training on it never changes the file."""
+        slot = self.slots[name]
+        data = self._bytes[slot.start : slot.end]
+        if slot.start % slot.dtype.itemsize:
+            data = data.clone()
+        return data.view(slot.dtype).view(slot.shape)
+
+
+def open_weights(path: Path) -> WeightsFile:
+    """Read and check the header of a safetensors file.
+
+    Raises: WeightsError if the file is missing, is something else, or if its header claims what the file does not
+    hold: duplicate names, unknown dtypes, sizes that disagree with shapes, holes, overlaps, trailing bytes.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if size < 10 or length > size - 8:
+                raise WeightsError(f"{path} is not a weights file: {_looks_like(start, size)}", DOWNLOAD_AGAIN)
+            if length > MAX_HEADER_BYTES:
+                raise WeightsError(f"{path} has a header of {length} bytes, at most {MAX_HEADER_BYTES} are read")
+            header = file.read(length)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}", "check the path and its permissions") from None
+    try:
+        table = json.loads(header.decode(), object_pairs_hook=_without_duplicates)
+        metadata = table.pop("__metadata__", {})
+        slots = {name: _slot(name, claim, 8 + length) for name, claim in table.items()}
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error.cause}", DOWNLOAD_AGAIN) from None
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        raise WeightsError(f"{path} has a header that is not safetensors' JSON", DOWNLOAD_AGAIN) from None
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise WeightsError(f"{path} has metadata that is not text", DOWNLOAD_AGAIN)
+    end = 8 + length
+    for name, slot in sorted(slots.items(), key=lambda item: item[1].start):
+        if slot.start != end:
+            raise WeightsError(f"{path}: tensor {name!r} starts at byte {slot.start}, expected {end}", DOWNLOAD_AGAIN)
+        end = slot.end
+    if end != size:
+        raise WeightsError(f"{path} has {size} bytes, its header tells of {end}", DOWNLOAD_AGAIN)
+    return WeightsFile(path, size, slots, metadata)
+
+
+def _looks_like(start: bytes, size: int) -> str:
+    known = {
+        b"<": "it looks like a web page",
+        b"version ": "it is a Git LFS pointer, not the file itself",
+        b"PK": "it looks like a PyTorch .pth or zip file",
+        b"\x80": "it looks like a pickle, which is never opened",
+    }
+    return next((text for prefix, text in known.items() if start.startswith(prefix)), f"{size} bytes without a header")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise WeightsError("the header has the same name twice")
+    return table
+
+
+def _slot(name: str, claim: dict[str, Any], data_start: int) -> TensorSlot:
+    dtype = DTYPES.get(claim["dtype"])
+    if dtype is None:
+        raise WeightsError(f"tensor {name!r} has the unknown dtype {claim['dtype']!r}")
+    shape, (start, end) = tuple(claim["shape"]), claim["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+        raise WeightsError(f"tensor {name!r} has a negative or fractional size")
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise WeightsError(f"tensor {name!r} of shape {shape} claims {end - start} bytes")
+    return TensorSlot(dtype, shape, data_start + start, data_start + end)
+
+
+# --- Trust: the hash and the values, read once and remembered for as long as the file stays as it is -----------------
+
+
+@dataclass(frozen=True)
+class _Seal:
+    path: str
+    size: int
+    modified_ns: int
+    inode: int
+    sha256: str
+
+
+def check_content(file: WeightsFile, sha256: str | None = None) -> str:
+    """Check the file's sha256 and that all its numbers are finite; return the sha256.
+
+    The answer is remembered for a file of unchanged size, time and inode, so that only the first call reads it all.
+
+    Raises: WeightsError for another hash than `sha256`, NaN or Inf.
+    """
+    stat = file.path.stat()
+    path = str(file.path.resolve())
+    note = seal_folder() / f"{hashlib.sha256(path.encode()).hexdigest()[:32]}.json"
+    current = _Seal(path, stat.st_size, stat.st_mtime_ns, stat.st_ino, "")
+    digest = _remembered(note, current)
+    if digest is None:
+        digest = hashlib.sha256(file._bytes.numpy()).hexdigest()
+        for name, slot in file.slots.items():
+            if slot.dtype.is_floating_point and not torch.isfinite(file.tensor(name)).all():
+                raise WeightsError(f"{file.path}: tensor {name!r} holds NaN or Inf", "do not use this file")
+        with suppress(OSError):  # without a writable cache the file is read again next time
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(note, json.dumps(asdict(current) | {"sha256": digest}).encode())
+    if sha256 is not None and digest != sha256:
+        raise WeightsError(f"{file.path} has sha256 {digest}, expected {sha256}", DOWNLOAD_AGAIN)
+    return digest
+
+
+def seal_folder() -> Path:
+    """Where hashes are remembered: beside the Hub's own cache, following HF_HOME and XDG_CACHE_HOME."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
+    return Path(home).expanduser() / "gvsl-zoo" / "seals"
+
+
+def _remembered(note: Path, current: _Seal) -> str | None:
+    try:
+        seal = _Seal(**json.loads(note.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return seal.sha256 if asdict(seal) == asdict(current) | {"sha256": seal.sha256} else None
+
+
+# --- Into a module, and out again --------------------------------------------------------------------------------
+
+
+def assign(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Give `module` exactly these tensors, float32, without copying those that have it already.
+
+    Names, shapes and dtypes are compared first: where they differ the module stays untouched.
+
+    Raises: WeightsError listing what is missing, left over or misshapen.
+    """
+    expected = module.state_dict()
+    wrong = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
+    wrong += [f"{name} has no place" for name in tensors.keys() - expected.keys()]
+    for name in expected.keys() & tensors.keys():
+        if tensors[name].shape != expected[name].shape:
+            wrong.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}")
+        elif not tensors[name].is_floating_point():
+            wrong.append(f"{name} is {tensors[name].dtype}, not a floating-point tensor")
+    if wrong:
+        more = f" and {len(wrong) - MAX_LISTED} more" if len(wrong) > MAX_LISTED else ""
+        raise WeightsError(
+            f"{origin} does not fit {type(module).__name__}: {'; '.join(sorted(wrong)[:MAX_LISTED])}{more}",
+            "the weights belong to another architecture, width or task",
+        )
+    module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+
+
+def write_weights(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    from safetensors.torch import save
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(path, save(plain, dict(metadata)))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, flush it to the disk, and rename it into place."""
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(partial).replace(path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+

@@ -1,0 +1,161 @@
+"""Tests of the demonstration and of its pictures: complete, repeatable, nothing half written."""
+
+from __future__ import annotations
+
+import builtins
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gvsl_zoo import demo, report
+from gvsl_zoo.demo import DemoResult, run_demo
+from gvsl_zoo.errors import ArgumentError, GvslZooError, VolumeError
+from gvsl_zoo.inference.features import prepare_for
+from gvsl_zoo.models.gvsl import GVSL
+from gvsl_zoo.models.unet import UNet
+from gvsl_zoo.volume import Preprocessing, Volume, read_volume, write_volume
+
+pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demonstration at a quarter of its size."""
+    for name, value in {
+        "SHAPE": (24, 24, 24),
+        "MATCH_SHAPE": (24, 24, 24),
+        "CROP": 16,
+        "DAMAGES": 2,
+        "PAIRS": 1,
+    }.items():
+        monkeypatch.setattr(demo, name, value)
+
+
+@pytest.fixture
+def model() -> GVSL:
+    generator = torch.Generator().manual_seed(0)
+    model = GVSL(UNet(3, 8, generator=generator), affine_width=8, generator=generator).eval()
+    model.preprocessing = Preprocessing((16.0, 16.0, 16.0))  # type: ignore[assignment]
+    return model
+
+
+def width_and_height(png: Path) -> tuple[int, int]:
+    head = png.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+
+
+def numbers(result: DemoResult) -> dict:
+    return {name: value for name, value in result._asdict().items() if not isinstance(value, Path)}
+
+
+def test_the_demo_leaves_a_picture_features_and_its_synthetic_scan(model: GVSL, tmp_path: Path) -> None:
+    said: list[str] = []
+    result = run_demo(model, tmp_path / "new" / "folder", progress=said.append)
+    assert sorted(p.name for p in result.picture.parent.iterdir()) == ["demo.png", "features.nii.gz", "input.nii.gz"]
+    assert width_and_height(result.picture)[0] == 1920
+    scan, found = read_volume(result.input), read_volume(result.features, channels=True)  # type: ignore[arg-type]
+    assert found.data.shape == (*scan.shape, 8) == (24, 24, 24, result.feature_channels)
+    np.testing.assert_allclose(found.affine, scan.affine, atol=1e-4)
+    assert scan.data.min() < -900 and scan.data.max() > 200
+    assert len(said) == 5
+    for before, after in result.organs.values():
+        assert 0 <= before <= 1 and 0 <= after <= 1
+    for value in (result.ncc_before, result.ncc_after, result.dice_before, result.dice_after, result.folded):
+        assert 0 <= value <= 1
+
+
+def test_the_demo_says_the_same_twice(model: GVSL, tmp_path: Path) -> None:
+    first = run_demo(model, tmp_path)
+    picture = first.picture.read_bytes()
+    torch.manual_seed(99)
+    assert numbers(run_demo(model, tmp_path)) == numbers(first)
+    assert first.picture.read_bytes() == picture
+
+
+def test_a_scan_of_ones_own_is_used_and_stays_as_it_was(model: GVSL, tmp_path: Path) -> None:
+    affine = np.array([[-5.0, 0, 0, 60], [0, 0, 6.0, -40], [0, -7.0, 0, 90], [0, 0, 0, 1]])
+    data = np.random.default_rng(0).integers(-1000, 800, (30, 26, 9), dtype=np.int16)
+    write_volume(Volume(data, affine), tmp_path / "scan.nii.gz")
+    before = (tmp_path / "scan.nii.gz").read_bytes()
+    result = run_demo(model, tmp_path / "out", read_volume(tmp_path / "scan.nii.gz"))
+    assert result.input is None and not (tmp_path / "out" / "input.nii.gz").exists()
+    assert (tmp_path / "scan.nii.gz").read_bytes() == before
+    assert read_volume(result.features, channels=True).shape == (9, 3, 11)  # x, y, z at 16 mm
+    assert numbers(run_demo(model, tmp_path / "other"))["organs"] == result.organs  # pairs do not depend on the scan
+
+
+def test_only_a_whole_module_can_be_shown(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r'UNet has no matching and restoration heads; .*task="pretraining"'):
+        run_demo(UNet(3, 8), tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_folder_that_cannot_be_made_is_refused(model: GVSL, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(VolumeError, match=r"cannot make the folder .*choose another"):
+        run_demo(model, tmp_path / "file" / "out")
+
+
+# ---- pictures
+
+
+def ball(shape: tuple[int, int, int] = (10, 20, 30), affine: np.ndarray | None = None) -> Volume:
+    """Air with a bright block towards the patient's right, front and head."""
+    data = np.full(shape, -1000, np.int16)
+    data[-3:, -5:, -6:] = 700
+    return Volume(data, np.diag([2.0, 3.0, 4.0, 1.0]) if affine is None else affine)
+
+
+@pytest.mark.parametrize("name", report.PLANES)
+def test_planes_are_seen_as_radiologists_do(model: GVSL, name: str) -> None:
+    model.preprocessing = Preprocessing()  # type: ignore[assignment]
+    image = prepare_for(ball(), model).image[0, 0]
+    rows, columns = np.nonzero(report.plane(image, name, image.shape[report.PLANES.index(name)] - 1) > 0.5)
+    left, right, top, bottom = report.LETTERS[name]
+    height, width = report.plane(image, name, 0).shape
+    assert "RAS".find(left) >= 0 and columns.mean() < width / 2  # the block lies at R, A, S
+    assert "RAS".find(top) >= 0 and rows.mean() < height / 2
+    assert {left + right, top + bottom} <= {"RL", "AP", "SI"}
+
+
+def test_a_features_picture_has_true_proportions(model: GVSL, tmp_path: Path) -> None:
+    model.preprocessing = Preprocessing()  # type: ignore[assignment]
+    prepared = prepare_for(ball(), model)
+    for row in report.scan_rows(prepared, torch.rand(3, *prepared.shape)):
+        assert [panel.size_mm for panel in row.panels] == [(60.0, 20.0), (120.0, 20.0), (120.0, 60.0)]
+    report.features_picture(prepared, torch.rand(3, *prepared.shape), tmp_path / "bild größe.png")
+    assert width_and_height(tmp_path / "bild größe.png")[0] == 1920
+    assert [p.name for p in tmp_path.iterdir()] == ["bild größe.png"]
+
+
+def test_components_on_another_grid_are_refused(model: GVSL, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"components of shape \(3, 2, 2, 2\); expected \(3, "):
+        report.features_picture(prepare_for(ball(), model), torch.rand(3, 2, 2, 2), tmp_path / "x.png")
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(model: GVSL, tmp_path: Path) -> None:
+    prepared = prepare_for(ball(), model)
+    target = tmp_path / "none" / "x.png"
+    with pytest.raises(GvslZooError, match=f"cannot write {re.escape(repr(str(target)))}.*check the folder"):
+        report.features_picture(prepared, torch.rand(3, *prepared.shape), target)
+    (tmp_path / "x.png").mkdir()
+    with pytest.raises(GvslZooError, match="cannot write"):
+        report.features_picture(prepared, torch.rand(3, *prepared.shape), tmp_path / "x.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_without_matplotlib_the_remedy_is_named(model: GVSL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: object, **kwargs: object) -> object:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    prepared = prepare_for(ball(), model)
+    with pytest.raises(GvslZooError, match=re.escape('pip install "gvsl-zoo[viz]"')):
+        report.features_picture(prepared, torch.rand(3, *prepared.shape), tmp_path / "x.png")

@@ -1,0 +1,156 @@
+"""Tests of the window engine: every voxel once, in as few windows as can be, in bounded memory."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gvsl_zoo.errors import ArgumentError
+from gvsl_zoo.inference.sliding import Windows, sliding_slabs, sliding_window
+
+GRIDS = list(itertools.product([1, 2, 7, 16, 33, 64], [1, 3, 8, 20], [0.0, 0.25, 0.5, 0.8, 0.95]))
+
+
+def image(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("size", "window", "overlap"), GRIDS)
+def test_windows_cover_the_axis_once_each_and_spread_evenly(size: int, window: int, overlap: float) -> None:
+    windows = Windows((size,), (window,), overlap)
+    (starts,), (edge,) = windows.starts, windows.window
+    assert starts[0] == 0 and starts[-1] + edge == size
+    strides = [b - a for a, b in itertools.pairwise(starts)]
+    assert all(1 <= stride <= edge for stride in strides)  # no duplicate, no gap
+    assert max(strides, default=0) - min(strides, default=0) <= 1
+
+
+@pytest.mark.parametrize(("size", "window", "overlap"), GRIDS)
+def test_no_smaller_number_of_windows_has_the_overlap_asked_for(size: int, window: int, overlap: float) -> None:
+    windows = Windows((size,), (window,), overlap)
+    edge = windows.window[0]
+    stride = max(1, math.floor(edge * (1 - overlap) + 1e-6))
+    assert all(b - a <= stride for a, b in itertools.pairwise(windows.starts[0]))
+    assert edge + (len(windows) - 2) * stride < size or len(windows) == 1
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("shape", [(20, 33, 9), (8, 8, 8), (5, 40)])
+def test_the_shares_of_every_voxel_sum_to_one(shape: tuple[int, ...], overlap: float) -> None:
+    total = torch.zeros(shape)
+    for box, weight in Windows(shape, (8,) * len(shape), overlap):
+        assert (weight > 0).all()
+        total[box] += weight
+    torch.testing.assert_close(total, torch.ones(shape), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+@pytest.mark.parametrize("shape", [(21, 18, 30), (4, 5, 6), (40, 25)])
+def test_a_pointwise_function_gives_the_same_in_windows_as_at_once(shape: tuple[int, ...], batch_size: int) -> None:
+    x = image(1, 2, *shape)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.sin(), x.square()], 1)
+
+    out = sliding_window(x, function, window=(8,) * len(shape), overlap=0.4, batch_size=batch_size)
+    torch.testing.assert_close(out, function(x), rtol=1e-6, atol=1e-5)
+
+
+def test_a_convolution_gives_the_same_in_windows_as_at_once_where_windows_see_its_support() -> None:
+    x, kernel = image(1, 1, 24, 24, 24), image(3, 1, 3, 3, 3, seed=1)
+    direct = F.conv3d(F.pad(x, [1] * 6), kernel)
+    # The function gets a margin of its own, as if the image went on beyond the window.
+    padded = F.pad(x, [1] * 6)
+    out = torch.zeros(3, 24, 24, 24)
+    for box, weight in Windows((24, 24, 24), (10, 10, 10), 0.3):
+        around = (..., *(slice(s.start, s.stop + 2) for s in box))
+        out[(slice(None), *box)] += F.conv3d(padded[around], kernel)[0] * weight
+    torch.testing.assert_close(out[None], direct, rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_as_large_as_the_image_is_the_function_itself() -> None:
+    x, kernel = image(1, 1, 9, 10, 11), image(2, 1, 3, 3, 3, seed=1)
+    out = sliding_window(x, lambda x: F.conv3d(x, kernel, padding=1), window=(96, 10, 16))
+    torch.testing.assert_close(out, F.conv3d(x, kernel, padding=1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.3, 0.75])
+def test_slabs_come_in_order_without_gaps_and_never_deeper_than_a_window(overlap: float) -> None:
+    expected = 0
+    for start, slab in sliding_slabs(image(1, 1, 37, 12, 12), lambda x: x, window=(8, 8, 8), overlap=overlap):
+        assert start == expected and 0 < slab.shape[1] <= 8
+        expected += slab.shape[1]
+    assert expected == 37
+
+
+def test_a_slab_is_given_as_soon_as_no_later_window_touches_it() -> None:
+    calls = 0
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return x
+
+    seen = [calls for _ in sliding_slabs(image(1, 1, 24, 8, 16), function, window=(8, 8, 8), overlap=0)]
+    assert seen == [2, 4, 6]
+
+
+def test_progress_counts_every_window_once() -> None:
+    seen: list[tuple[int, int]] = []
+    sliding_window(
+        image(1, 1, 20, 20), lambda x: x, window=(8, 8), batch_size=4, progress=lambda *now: seen.append(now)
+    )
+    assert seen == [(n, 9) for n in range(1, 10)]
+
+
+def test_bf16_is_close_to_float32_and_blended_in_float32() -> None:
+    x, kernel = image(1, 1, 16, 16, 16), image(2, 1, 3, 3, 3, seed=1) / 5
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return F.conv3d(x, kernel, padding=1)
+
+    exact = sliding_window(x, function, window=(16, 16, 16))
+    quick = sliding_window(x, function, window=(16, 16, 16), precision="bf16")
+    assert quick.dtype == torch.float32 and not torch.equal(quick, exact)
+    torch.testing.assert_close(quick, exact, rtol=0.02, atol=0.05)
+
+
+def test_no_gradient_is_kept_and_the_image_stays_as_it_was() -> None:
+    x = image(1, 1, 12, 12).requires_grad_()
+    before = x.detach().clone()
+    out = sliding_window(x, lambda x: x.mul_(2), window=(8, 8))
+    assert not out.requires_grad and torch.equal(x, before)
+    out += 1  # an ordinary tensor
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"window": (8, 8)}, r"window \(8, 8\) .* give 3 whole numbers"),
+        ({"window": (8, 0, 8)}, r"window \(8, 0, 8\)"),
+        ({"window": (8, 8.5, 8)}, r"window \(8, 8.5, 8\)"),
+        ({"overlap": 1.0}, r"overlap 1.0; give a share .* \[0, 1\)"),
+        ({"overlap": -0.1}, "overlap -0.1"),
+        ({"overlap": float("nan")}, "overlap nan"),
+        ({"batch_size": 0}, "batch_size 0; give at least 1"),
+        ({"precision": "int8"}, "precision 'int8'; use 'float32' or 'bf16'"),
+    ],
+)
+def test_wrong_settings_are_refused_with_a_way_out(settings: dict, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        sliding_window(image(1, 1, 9, 9, 9), lambda x: x, **{"window": (8, 8, 8)} | settings)
+
+
+@pytest.mark.parametrize("shape", [(9, 9, 9), (2, 1, 9, 9, 9), (1, 1, 0, 9, 9)])
+def test_an_image_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ArgumentError, match="give one image"):
+        sliding_window(torch.zeros(shape), lambda x: x, window=(8, 8, 8))
+
+
+def test_a_function_that_changes_the_shape_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="must keep the batch and the spatial axes"):
+        sliding_window(image(1, 1, 9, 9), lambda x: x[..., 1:], window=(8, 8))
