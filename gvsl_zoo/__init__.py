@@ -1,0 +1,47 @@
+"""gvsl-zoo: pre-trained backbones for medical volumes. Names are resolved when they are first used."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .errors import ArgumentError as ArgumentError
+    from .errors import GvslZooError as GvslZooError
+    from .errors import RegistryError as RegistryError
+    from .errors import SourceError as SourceError
+    from .errors import VolumeError as VolumeError
+    from .errors import WeightsError as WeightsError
+    from .inference.features import features as features
+    from .inference.features import pooled_features as pooled_features
+    from .registry import ModelEntry as ModelEntry
+    from .registry import list_models as list_models
+    from .registry import model_info as model_info
+    from .registry import register_registry as register_registry
+    from .volume import Volume as Volume
+    from .volume import read_volume as read_volume
+    from .volume import write_volume as write_volume
+    from .zoo import load as load
+    from .zoo import save_pretrained as save_pretrained
+
+_HOMES = {
+    "errors": ("ArgumentError", "GvslZooError", "RegistryError", "SourceError", "VolumeError", "WeightsError"),
+    "inference.features": ("features", "pooled_features"),
+    "registry": ("ModelEntry", "list_models", "model_info", "register_registry"),
+    "volume": ("Volume", "read_volume", "write_volume"),
+    "zoo": ("load", "save_pretrained"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted([*_HOME_OF, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

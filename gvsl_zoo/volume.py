@@ -301,8 +301,10 @@ def write_volume(volume: Volume, path: str | os.PathLike[str], *, overwrite: boo
     does not exist, for a voxel type that NIfTI has not, and when the disk is full; then nothing is left behind.
     """
     path = Path(path)
+    check_output(path, volume.path, overwrite)
     with _typed("write", path):
-        _check_target(volume, path, overwrite)
+        if not path.name.endswith((".nii", ".nii.gz")):
+            raise VolumeError("the name does not end in .nii or .nii.gz", "choose such a name")
         data, header = _encoded(volume)
         part = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.part")  # fixed: a killed run's is reused
         part.unlink(missing_ok=True)
@@ -323,16 +325,19 @@ def write_volume(volume: Volume, path: str | os.PathLike[str], *, overwrite: boo
             raise
 
 
-def _check_target(volume: Volume, path: Path, overwrite: bool) -> None:
-    if not path.name.endswith((".nii", ".nii.gz")):
-        raise VolumeError("the name does not end in .nii or .nii.gz", "choose such a name")
-    if not path.parent.is_dir():
-        raise VolumeError(f"the folder {str(path.parent)!r} does not exist", "make it first")
-    if path.exists():
-        if volume.path is not None and volume.path.exists() and path.samefile(volume.path):
-            raise VolumeError("it is the input itself", "choose another output name")
-        if not overwrite or not path.is_file():
-            raise VolumeError("it exists already", "choose another name, or pass overwrite=True")
+def check_output(path: Path, source: Path | None, overwrite: bool) -> None:
+    """Refuse an output that could not be written, would replace a file unasked, or is the input itself.
+
+    Errors: VolumeError. Called before long work, and by `write_volume`.
+    """
+    with _typed("write", path):
+        if not path.parent.is_dir():
+            raise VolumeError(f"the folder {str(path.parent)!r} does not exist", "make it first")
+        if path.exists():
+            if source is not None and source.exists() and path.samefile(source):
+                raise VolumeError("it is the input itself", "choose another output name")
+            if not overwrite or not path.is_file():
+                raise VolumeError("it exists already", "choose another name, or pass overwrite=True (--overwrite)")
 
 
 def _encoded(volume: Volume) -> tuple[np.ndarray, Any]:

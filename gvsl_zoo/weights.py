@@ -7,7 +7,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -160,7 +160,7 @@ def check_content(file: WeightsFile, sha256: str | None = None) -> str:
     current = _Seal(path, stat.st_size, stat.st_mtime_ns, stat.st_ino, "")
     digest = _remembered(note, current)
     if digest is None:
-        digest = hashlib.sha256(file._bytes.numpy()).hexdigest()
+        digest = hashlib.sha256(file._bytes.numpy().data).hexdigest()
         for name, slot in file.slots.items():
             if slot.dtype.is_floating_point and not torch.isfinite(file.tensor(name)).all():
                 raise WeightsError(f"{file.path}: tensor {name!r} holds NaN or Inf", "do not use this file")
@@ -233,5 +233,3 @@ def write_whole(path: Path, content: bytes) -> None:
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
-
-

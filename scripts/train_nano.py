@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ import torch
 from gvsl_zoo.pretrain.config import PretrainConfig
 from gvsl_zoo.pretrain.data import Scan
 from gvsl_zoo.pretrain.loop import pretrain
+from gvsl_zoo.registry import model_info
 from gvsl_zoo.volume import Preprocessing, prepare, read_volume
+from gvsl_zoo.zoo import save_pretrained
 
 # Left out on purpose, as test subjects: lungfcp_0001, acrin_flt_013, kits_00072.
 SCANS = {
@@ -35,21 +38,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/nano"))
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     config = PretrainConfig(steps=options.steps)
     recipe = Preprocessing(spacing_mm=(config.spacing_mm,) * 3)
-    scans = [
-        Scan(prepare(read_volume(options.data / "ct" / f"{name}.nii.gz"), recipe).image[0], region)
-        for region, names in SCANS.items()
-        for name in names
-    ]
-    for scan, name in zip(scans, sum(SCANS.values(), []), strict=True):
-        print(scan.region, name, tuple(scan.image.shape[1:]))
+    scans = []
+    for region, names in SCANS.items():
+        for name in names:
+            image = prepare(read_volume(options.data / "ct" / f"{name}.nii.gz"), recipe).image[0]
+            scans.append(Scan(image, region))
+            print(region, name, tuple(image.shape[1:]))
     print(dataclasses.asdict(config))
-    pretrain(config, options.out, scans)
+    model = pretrain(config, options.out, scans)
+    entry = dataclasses.replace(model_info("gvsl-unet-ct-nano"), sources=(), evaluation=())
+    path = save_pretrained(model, options.out, entry=entry, dtype=torch.float16)
+    print(f"{path}: sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}")
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch, uninterrupte
 def test_a_run_goes_on_only_with_its_own_settings(tmp_path):
     loop.pretrain(settings(1), tmp_path)
     with pytest.raises(
-        ArgumentError, match=r"other settings: steps 1 -> 2, learning_rate 0\.001 -> 0\.01; use the same"
+        ArgumentError, match=r"other settings: steps 1 -> 2, learning_rate 0\.002 -> 0\.01; use the same"
     ):
         loop.pretrain(settings(2, learning_rate=0.01), tmp_path)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, VolumeError
 from ..models.backbone import Backbone, pad_to_multiple
 from ..volume import MAX_BYTES, Prepared, Preprocessing, Volume, prepare, read_volume
+from ..weights import write_whole
 from .sliding import Progress, Windows, evaluate, sliding_slabs
 
 WINDOW = (96, 96, 96)  # voxels; the crop of He et al. 2023
@@ -61,8 +65,6 @@ def features(
     Errors: ArgumentError for arguments that do not fit together; VolumeError for a scan that cannot be read or used, or
         features beyond `max_bytes`, before they are computed when the model is a Backbone.
     """
-    if grid not in GRIDS:
-        raise ArgumentError(f"grid {grid!r}", "use 'scan' or 'model'")
     prepared = prepare_for(volume, model)
     out = dense_features(
         prepared,
@@ -73,7 +75,7 @@ def features(
         precision=precision,
         max_bytes=max_bytes,
         progress=progress,
-        voxels=max(prepared.image.numel(), int(np.prod(prepared.source.shape)) if grid == "scan" else 0),
+        grid=grid,
     )
     return prepared.restore(out) if grid == "scan" else prepared.place(out)
 
@@ -88,14 +90,16 @@ def dense_features(
     precision: str = "float32",
     max_bytes: int = MAX_BYTES,
     progress: Progress | None = None,
-    voxels: int = 0,
+    grid: str = "model",
 ) -> Tensor:
     """Dense local features on the model's grid, (C, D, H, W) float32 on the CPU; the arguments are those of `features`.
 
-    voxels: of the largest grid that the features will lie on, for `max_bytes`; default the model's.
+    grid: where the features will be brought; `max_bytes` counts there.
     """
+    if grid not in GRIDS:
+        raise ArgumentError(f"grid {grid!r}", "use 'scan' or 'model'")
     backbone = _backbone(model)
-    voxels = voxels or prepared.image.numel()
+    voxels = max(prepared.image.numel(), int(np.prod(prepared.source.shape)) if grid == "scan" else 0)
     if isinstance(backbone, Backbone):
         _check_bytes(voxels, backbone.num_features, max_bytes)
     out = torch.empty(0)
@@ -163,6 +167,19 @@ def pooled_features(
                 progress(done, len(windows))
     bottleneck, local = ((total / counted.sum(dtype=torch.float64)).float().numpy() for total in sums)
     return PooledFeatures(bottleneck, local)
+
+
+def save_pooled(pooled: PooledFeatures, path: str | os.PathLike[str]) -> None:
+    """Write pooled features as .npz (arrays) or .json (lists), whole or not at all."""
+    path = Path(path)
+    if path.suffix == ".npz":
+        content = io.BytesIO()
+        np.savez(content, **pooled._asdict())
+        write_whole(path, content.getvalue())
+    elif path.suffix == ".json":
+        write_whole(path, json.dumps({name: vector.tolist() for name, vector in pooled._asdict().items()}).encode())
+    else:
+        raise ArgumentError(f"pooled features cannot be written as {path.name!r}", "end the name in .npz or .json")
 
 
 def principal_components(features: Tensor, mask: Tensor | None = None, n: int = 3, *, seed: int = 0) -> Tensor:

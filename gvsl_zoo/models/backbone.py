@@ -57,6 +57,13 @@ class Conv3d(nn.Conv3d):
     def reset_parameters(self) -> None:
         pass
 
+    def forward(self, x: Tensor) -> Tensor:
+        # PyTorch 2.13 on the CPU: the weight gradient in bf16 is uninitialised memory where the depth is 2
+        if x.shape[2] == 2 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float())
+        return super().forward(x)
+
 
 class Linear(nn.Linear):
     """A linear layer whose values come from `initialise` or from a file, never from its constructor."""
@@ -88,7 +95,7 @@ def initialise(module: nn.Module, generator: torch.Generator | None = None) -> N
 
 def pad_to_multiple(x: Tensor, multiple: int) -> tuple[Tensor, list[int]]:
     """Zero-pad the spatial axes symmetrically, the smaller half first; also return the offsets in front."""
-    missing = [-size % multiple for size in x.shape[2:]]
+    missing = [(multiple - size % multiple) % multiple for size in x.shape[2:]]
     if not any(missing):
         return x, [0] * len(missing)
     front = [m // 2 for m in missing]
@@ -109,6 +116,7 @@ class Backbone(nn.Module):
 
     levels: every feature map it can return, in the order of computation; the encoder's come first.
     stride: what the input is padded to a multiple of.
+    input_weight: name of the tensor whose second axis is the input channels.
     """
 
     ndim: int
@@ -116,6 +124,7 @@ class Backbone(nn.Module):
     levels: FeatureInfo
     encoder_levels: int
     stride: int
+    input_weight: str
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,6 +136,10 @@ class Backbone(nn.Module):
     def feature_info(self) -> FeatureInfo:
         """The encoder's feature maps, finest first."""
         return FeatureInfo(self.levels[: self.encoder_levels])
+
+    @property
+    def has_decoder(self) -> bool:
+        return len(self.levels) > self.encoder_levels
 
     @property
     def num_features(self) -> int:
@@ -148,6 +161,8 @@ class Backbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Features:
         """Bottleneck (B, C, *ceil(spatial / stride)) and local features (B, C, *spatial) of x (B, C, *spatial)."""
+        if not self.has_decoder:
+            raise ArgumentError("this backbone was built without its decoder", "use forward_intermediates")
         padded, front = self._padded(x)
         maps = self._maps(padded, len(self.levels) - 1)
         return Features(maps[self.encoder_levels - 1], crop(maps[-1], front, x.shape[2:]))

@@ -73,6 +73,7 @@ class UNet(Backbone):
     """
 
     stride = 16
+    input_weight = "inc.double_conv.0.weight"
     encoder_levels = 5
 
     def __init__(

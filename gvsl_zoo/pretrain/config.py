@@ -11,6 +11,8 @@ class PretrainConfig:
 
     crop: (D, H, W) of the training crops in voxels of `spacing_mm` an axis.
     synthetic_share: share of pairs from synthetic anatomy while scans are given too; without scans all are synthetic.
+    ramp_steps: over these the task hardens: synthetic subjects go from alike to fully varied, and scans come in.
+    damage_share: share of steps that damage the fixed image; the others match and restore it as it is.
     """
 
     steps: int
@@ -20,7 +22,9 @@ class PretrainConfig:
     spacing_mm: float = 4.0
     batch_size: int = 1
     synthetic_share: float = 0.5
-    learning_rate: float = 1e-3  # peak; cosine to zero
+    ramp_steps: int = 3000
+    damage_share: float = 0.5
+    learning_rate: float = 2e-3  # peak; cosine to zero
     warmup_steps: int = 100
     clip_norm: float = 1.0
     seed: int = 0

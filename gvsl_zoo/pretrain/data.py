@@ -13,7 +13,6 @@ from ..errors import ArgumentError
 from ..volume import CT_WINDOW_HU
 from .anatomy import sample_subject
 
-
 POSITION_JITTER = 0.05  # of the scan's extent: crops of a pair are alike, not aligned
 
 
@@ -32,12 +31,14 @@ class SyntheticPairs:
     crop: tuple[int, int, int]
     spacing_mm: float
 
-    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Fixed and moving image, each (1, D, H, W) in [0, 1]."""
+    def draw(self, generator: torch.Generator, variation: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Fixed and moving image, each (1, D, H, W) in [0, 1]; `variation` as in `sample_subject`."""
+        return self._subject(generator, variation), self._subject(generator, variation)
+
+    def _subject(self, generator: torch.Generator, variation: float) -> Tensor:
         low, high = CT_WINDOW_HU
-        spacing = (self.spacing_mm,) * 3
-        fixed, moving = (sample_subject(self.crop, generator, spacing).hu for _ in range(2))
-        return tuple(((hu - low) / (high - low)).clamp(0, 1)[None] for hu in (fixed, moving))  # type: ignore[return-value]
+        hu = sample_subject(self.crop, generator, (self.spacing_mm,) * 3, variation).hu
+        return ((hu - low) / (high - low)).clamp(0, 1)[None]
 
 
 class ScanPairs:
@@ -68,6 +69,3 @@ class ScanPairs:
         for axis, (size, share) in enumerate(zip(self.crop, (place + jitter).clamp(0, 1).tolist(), strict=True), 1):
             image = image.narrow(axis, round(share * (image.shape[axis] - size)), size)
         return image
-
-
-PairSource = SyntheticPairs | ScanPairs

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,10 +18,12 @@ from ..losses import local_ncc_loss, restoration_loss, smoothness_loss
 from ..models.gvsl import GVSL
 from ..models.unet import UNet
 from ..spatial import compose, jacobian_determinant, warp
+from ..weights import write_whole
 from .augment import apply_pose, damage, sample_pose
 from .config import PretrainConfig
-from .data import PairSource, Scan, ScanPairs, SyntheticPairs
+from .data import Scan, ScanPairs, SyntheticPairs
 
+EASIEST_VARIATION = 0.2  # of synthetic subjects at the first step: displacements within the window of the NCC
 VALIDATION_PAIRS = 8
 VALIDATION_SEED = 2**31  # synthetic subjects of validation are drawn apart from those of training
 
@@ -35,10 +37,11 @@ def pretrain(config: PretrainConfig, out: Path, scans: Sequence[Scan] = (), devi
     generator = torch.Generator().manual_seed(config.seed)
     unet = UNet(3, config.width, generator=generator)
     model = GVSL(unet, affine_width=config.affine_width, generator=generator)
-    model = model.to(device, memory_format=torch.channels_last_3d).train()
+    model = model.to(device, memory_format=torch.channels_last_3d).train()  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     step = resume(out / "checkpoint.pt", config, model, optimizer, generator)
 
+    truncate_log(out / "log.jsonl", step)
     synthetic = SyntheticPairs(config.crop, config.spacing_mm)
     real = ScanPairs(scans, config.crop) if scans else None
     with (out / "log.jsonl").open("a") as log:
@@ -46,27 +49,29 @@ def pretrain(config: PretrainConfig, out: Path, scans: Sequence[Scan] = (), devi
             started = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            fixed, damaged, moving = draw_batch(config, synthetic, real, generator, device)
+            fixed, damaged, moving = draw_batch(config, step, synthetic, real, generator, device)
             terms = losses(model, fixed, damaged, moving, config.bf16)
             loss = sum(terms.values(), torch.zeros((), device=device))
-            if not torch.isfinite(loss):
-                raise ArgumentError(
-                    f"loss became {loss.item()} at step {step}",
-                    f"the checkpoint in {out} is the last good one; lower the learning rate",
-                )
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+            if not (torch.isfinite(loss) and torch.isfinite(norm)):
+                raise ArgumentError(
+                    f"loss became {loss.item()} and its gradient {norm.item()} at step {step}",
+                    f"the checkpoint in {out} is the last good one; lower the learning rate",
+                )
             optimizer.step()
             step += 1
 
             record = {"step": step, "loss": loss.item()} | {k: v.item() for k, v in terms.items()}
             record["seconds"] = time.perf_counter() - started
-            if step % config.save_every == 0 or step == config.steps:
+            saving = step % config.save_every == 0 or step == config.steps
+            if saving:
                 record |= validate(model, synthetic)
-                save(out / "checkpoint.pt", config, model, optimizer, generator, step)
             log.write(json.dumps(record) + "\n")
             log.flush()
+            if saving:
+                save(out / "checkpoint.pt", config, model, optimizer, generator, step)
     return model.eval()
 
 
@@ -78,20 +83,25 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
 
 def draw_batch(
     config: PretrainConfig,
-    synthetic: PairSource,
-    real: PairSource | None,
+    step: int,
+    synthetic: SyntheticPairs,
+    real: ScanPairs | None,
     generator: torch.Generator,
     device: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fixed, damaged and moving images, each (B, 1, D, H, W) in [0, 1]; one pose for all three of a pair."""
+    difficulty = min(1.0, step / config.ramp_steps) if config.ramp_steps else 1.0
     pairs: list[tuple[Tensor, Tensor]] = []
     for _ in range(config.batch_size):
-        from_synthetic = real is None or float(torch.rand(1, generator=generator)) < config.synthetic_share
-        pairs.append((synthetic if from_synthetic or real is None else real).draw(generator))
+        if real is not None and float(torch.rand(1, generator=generator)) < (1 - config.synthetic_share) * difficulty:
+            pairs.append(real.draw(generator))
+        else:
+            pairs.append(synthetic.draw(generator, EASIEST_VARIATION + (1 - EASIEST_VARIATION) * difficulty))
     fixed, moving = (torch.stack(images).to(device) for images in zip(*pairs, strict=True))
     pose = sample_pose(config.crop, generator, config.batch_size)
     fixed, moving = apply_pose(fixed, pose), apply_pose(moving, pose)
-    return fixed, damage(fixed, generator), moving
+    damaging = float(torch.rand(1, generator=generator)) < config.damage_share
+    return fixed, damage(fixed, generator) if damaging else fixed, moving
 
 
 def losses(model: GVSL, fixed: Tensor, damaged: Tensor, moving: Tensor, bf16: bool) -> dict[str, Tensor]:
@@ -140,7 +150,7 @@ def save(
     generator: torch.Generator,
     step: int,
 ) -> None:
-    """Write a checkpoint beside its final name, flush it to disk, then rename: a kill leaves the old one whole."""
+    """Write a checkpoint, whole or not at all: a kill leaves the one before."""
     state = {
         "config": asdict(config),
         "step": step,
@@ -148,12 +158,9 @@ def save(
         "optimizer": optimizer.state_dict(),
         "generator": generator.get_state(),
     }
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_whole(path, content.getvalue())
 
 
 def resume(
@@ -178,3 +185,10 @@ def resume(
     optimizer.load_state_dict(state["optimizer"])
     generator.set_state(state["generator"])
     return int(state["step"])
+
+
+def truncate_log(path: Path, step: int) -> None:
+    """Forget what was logged after the checkpoint of `step`: those steps run again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        write_whole(path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())

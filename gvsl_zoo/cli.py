@@ -1,0 +1,193 @@
+"""The command line: one thin function a sub-command. Errors are one line; exit codes 0 done, 1 failed, 2 wrong call."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .errors import ArgumentError, GvslZooError
+
+DEFAULT_MODEL = "gvsl-unet-ct-nano"
+
+
+class Commands(click.Group):
+    """A group whose commands fail with one line instead of a traceback, unless --debug is given."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if ctx.params["debug"]:
+                raise
+            known = isinstance(error, GvslZooError)
+            text = str(error) if known else f"unexpected {type(error).__name__}: {error}; --debug shows where"
+            click.echo(f"error: {text}", err=True)
+            ctx.exit(2 if isinstance(error, ArgumentError) else 1)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gvsl-zoo")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Pre-trained backbones for medical volumes. Not a medical device."""
+
+
+def with_json(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")(command)
+
+
+def with_model(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
+        click.option("--model", "name", default=DEFAULT_MODEL, show_default=True, help="Registry name or path."),
+    ):
+        command = option(command)
+    return command
+
+
+@contextmanager
+def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal's error stream, gone when done; nothing where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(text, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def show(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        width = max(map(len, facts))
+        for key, value in facts.items():
+            click.echo(f"{key:<{width}}  {value}")
+
+
+@main.command("list")
+@click.argument("pattern", default="*")
+@click.option("--ndim", type=click.Choice(["2", "3"]), help="Spatial axes.")
+@click.option("--modality", help="CT, MR or X-ray.")
+@click.option("--task", help="backbone, segmentation, classification, registration or pretraining.")
+@click.option("--available/--missing", default=None, help="Only models that load today, or only the others.")
+@with_json
+def list_command(
+    pattern: str, ndim: str | None, modality: str | None, task: str | None, available: bool | None, as_json: bool
+) -> None:
+    """List the models, all or those that match PATTERN (as in 'gvsl-*')."""
+    from .registry import list_models, model_info
+
+    names = list_models(pattern, ndim=int(ndim) if ndim else None, modality=modality, task=task, available=available)
+    entries = [model_info(name) for name in names]
+    if as_json:
+        click.echo(json.dumps([entry.to_dict() for entry in entries], indent=2))
+        return
+    for e in entries:
+        parameters = f"{e.parameters / 1e6:.1f}M"
+        click.echo(
+            f"{e.name:<20} {e.status:<10} {e.ndim}D {e.modality:<6} {e.objective:<7} {parameters:>6}  {e.summary}"
+        )
+
+
+@main.command("info")
+@click.argument("name")
+@with_json
+def info_command(name: str, as_json: bool) -> None:
+    """Say all that the registry knows of the model NAME."""
+    import yaml
+
+    from .registry import model_info
+
+    entry = model_info(name).to_dict() | {"tasks": list(model_info(name).tasks)}
+    click.echo(json.dumps(entry, indent=2) if as_json else yaml.safe_dump(entry, sort_keys=False, width=100).rstrip())
+
+
+@main.command("features")
+@click.option("-i", "--input", "scan", required=True, type=click.Path(path_type=Path), help="Scan, .nii or .nii.gz.")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help=".nii.gz; with --pool .npz, .json."
+)
+@click.option("--pool", is_flag=True, help="One mean vector of the bottleneck and of the local features.")
+@click.option("--mask", type=click.Path(path_type=Path), help="With --pool: average over this mask, not over the body.")
+@click.option("--picture", type=click.Path(path_type=Path), help="PNG of the first three principal components.")
+@click.option(
+    "--grid", type=click.Choice(["scan", "model"]), default="scan", show_default=True, help="Grid of the output."
+)
+@click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+@with_model
+@with_json
+def features_command(
+    scan: Path,
+    output: Path,
+    pool: bool,
+    mask: Path | None,
+    picture: Path | None,
+    grid: str,
+    precision: str,
+    overwrite: bool,
+    name: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Compute the features of a scan: dense on its grid, or pooled."""
+    from .inference import features as room
+    from .report import features_picture
+    from .volume import check_output, write_volume
+    from .zoo import load
+
+    if (mask and not pool) or (picture and pool):
+        raise ArgumentError("--mask goes with --pool, --picture without it", "leave one of them out")
+    for path in filter(None, (output, picture)):
+        check_output(path, scan, overwrite)
+    model = load(name, device=device)
+    with progress_bar("features") as progress:
+        if pool:
+            pooled = room.pooled_features(scan, model, mask=mask, precision=precision, progress=progress)
+            room.save_pooled(pooled, output)
+            show({"output": str(output), "bottleneck": len(pooled.bottleneck), "local": len(pooled.local)}, as_json)
+            return
+        prepared = room.prepare_for(scan, model)
+        dense = room.dense_features(prepared, model, grid=grid, precision=precision, progress=progress)
+    volume = prepared.restore(dense) if grid == "scan" else prepared.place(dense)
+    write_volume(volume, output, overwrite=overwrite)
+    facts = {"output": str(output), "shape": list(volume.data.shape), "model": str(name)}
+    if picture:
+        components = room.principal_components(dense, room.body(prepared, model))
+        features_picture(prepared, components, picture, title=f"{scan.name}, {name}")
+        facts["picture"] = str(picture)
+    show(facts, as_json)
+
+
+@main.command("demo")
+@click.option(
+    "-i", "--input", "scan", type=click.Path(path_type=Path), help="A CT, .nii or .nii.gz; default synthetic."
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder."
+)
+@with_model
+@with_json
+def demo_command(scan: Path | None, output: Path, name: str, device: str, as_json: bool) -> None:
+    """Show what a model does: features, restoration and matching, in one picture."""
+    from .demo import run_demo
+    from .volume import read_volume
+    from .zoo import load
+
+    model = load(name, task="pretraining", device=device)
+    say = None if as_json else lambda line: click.echo(line, err=True)
+    result = run_demo(model, output, read_volume(scan) if scan else None, say)  # type: ignore[arg-type]
+    facts = {k: str(v) if isinstance(v, Path) else v for k, v in result._asdict().items()}
+    show(facts, as_json)

@@ -1,0 +1,35 @@
+"""Where bytes come from: the weights embedded in the package, and files on this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .errors import SourceError
+from .registry import ModelEntry
+
+EMBEDDED = Path(__file__).parent / "embedded"
+
+
+def is_path(name: str) -> bool:
+    """Whether a model is named by its file or folder: it ends in .safetensors, or has a separator."""
+    return name.endswith(".safetensors") or "/" in name or os.sep in name or name in (".", "..")
+
+
+def locate(entry: ModelEntry) -> tuple[Path, str]:
+    """The file of an entry's weights and the sha256 that it must have.
+
+    Raises: SourceError that says what is missing, and what exists instead.
+    """
+    instead = f"use {entry.instead!r} in its place" if entry.instead else "see gvsl_zoo.list_models(available=True)"
+    if entry.status == "planned":
+        raise SourceError(f"{entry.name} is planned: {entry.summary}", instead)
+    for source in entry.sources:
+        if source.kind in ("embedded", "file") and source.sha256:
+            path = EMBEDDED / str(source.file) if source.kind == "embedded" else Path(str(source.path))
+            if path.is_file():
+                return path, source.sha256
+    tried = "; ".join(f"{source.kind}: {source.path or source.file or source.id}" for source in entry.sources)
+    raise SourceError(
+        f"the weights of {entry.name} are not on this machine, and this version does not download ({tried})", instead
+    )

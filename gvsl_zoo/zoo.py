@@ -1,0 +1,315 @@
+"""load(): a name -> its entry -> bytes -> a state dict -> a module, and back to a folder with save_pretrained()."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import hub
+from .errors import ArgumentError, WeightsError
+from .models.backbone import Backbone, FeatureList
+from .models.gvsl import GVSL
+from .models.heads import ClassificationModel, HeadedModel, SegmentationModel
+from .models.unet import UNet
+from .registry import TASKS, ModelEntry, model_info
+from .volume import Preprocessing, Volume, prepare, read_volume
+from .weights import MAX_LISTED, WeightsFile, assign, check_content, open_weights, write_weights
+
+HEADED: dict[str, type[HeadedModel]] = {"segmentation": SegmentationModel, "classification": ClassificationModel}
+WHOLE_MODULE = "unet."  # prefix of the backbone's tensors in a file that holds the pre-training heads too
+METADATA_KEY = "gvsl_zoo"  # under which a file carries its own entry
+WEIGHTS_NAME = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What happened when a model was loaded.
+
+    origin: the file, or "random initialisation". sha256: of the file. loaded: tensors taken from it.
+    unused: tensors of the file that the task does not need. fresh: parameters drawn at random (a new head).
+    stored_dtype: of the file's tensors; the module has float32 unless `dtype` was given.
+    """
+
+    origin: str
+    sha256: str | None
+    loaded: int
+    unused: tuple[str, ...]
+    fresh: tuple[str, ...]
+    stored_dtype: str | None
+
+    def __str__(self) -> str:
+        text = f"{self.loaded} tensors from {self.origin}"
+        if self.unused:
+            text += f", {len(self.unused)} of the file not needed"
+        if self.fresh:
+            more = ", ..." if len(self.fresh) > MAX_LISTED else ""
+            text += f", drawn at random: {', '.join(self.fresh[:MAX_LISTED])}{more}"
+        return text
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    task: str = "backbone",
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
+    pretrained: bool = True,
+    frozen: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Load a model, in evaluation mode.
+
+    Args:
+        name: a name of the registry (see `list_models`), or the path of a `.safetensors` file or of a folder with
+            `model.safetensors`, as `save_pretrained` writes them.
+        task: "backbone" (dense features), "segmentation" or "classification" (a fresh head for `num_classes`),
+            "registration" or "pretraining" (the whole module with all its heads).
+        in_chans: image channels; other than 1, the first convolution is spread over them so that copies of one
+            channel give the response of that channel.
+        features_only: return a list of feature maps instead, finest first; `out_indices` selects levels.
+        pretrained: False draws all weights at random: the scratch baseline.
+        frozen: no gradient to the backbone, which stays in evaluation mode through `train()`.
+        device: where the parameters lie: "cpu", "cuda", "cuda:1", "mps", or "auto" for the best there is.
+        dtype: of the parameters; default float32.
+
+    Returns: the module, with `entry`, `preprocessing`, `preprocess(path_or_volume)`, `load_report`, `cite()`.
+    Raises: RegistryError for an unknown name, SourceError for bytes that cannot be had, WeightsError for bytes that
+        do not fit (before any parameter is touched), ArgumentError for arguments that do not.
+    """
+    _check_arguments(task, num_classes, features_only, out_indices)
+    device = resolve_device(device)
+    entry, file, sha256 = _find(name, pretrained)
+    _check_task(entry, task)
+
+    features = tuple(out_indices or ()) if features_only else None
+    chans = 1 if in_chans is None else in_chans
+    building = "meta" if pretrained else None
+    model = build(entry, task, num_classes=num_classes, in_chans=chans, features=features, device=building)
+    if file is None:
+        report = LoadReport("random initialisation", None, 0, (), tuple(model.state_dict()), None)
+    else:
+        report = _fill(model, file, sha256)
+    if frozen:
+        _backbone(model).freeze()
+    model.eval()
+    if device.type != "cpu" or dtype not in (None, torch.float32):
+        model.to(device=device, dtype=dtype)
+    return _dress(model, entry, report)
+
+
+def resolve_device(device: torch.device | str) -> torch.device:
+    """A device of this machine by its name; "auto" is CUDA, else MPS, else the CPU."""
+    available = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    available += [torch.device("mps", 0)] * torch.backends.mps.is_available() + [torch.device("cpu")]
+    if device == "auto":
+        return available[0]
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise ArgumentError(f"unknown device {device!r}", "use auto, cpu, cuda, cuda:N or mps") from None
+    if not any(wanted.type == a.type and wanted.index in (None, a.index) for a in available):
+        raise ArgumentError(f"this machine has no device {device}", f"it has {', '.join(map(str, available))}")
+    return wanted
+
+
+def _check_arguments(
+    task: str, num_classes: int | None, features_only: bool, out_indices: Sequence[int] | None
+) -> None:
+    if task not in TASKS:
+        raise ArgumentError(f"unknown task {task!r}", f"choose from {', '.join(TASKS)}")
+    if (num_classes is not None) != (task in HEADED):
+        raise ArgumentError(
+            f"task {task!r} with num_classes={num_classes}", "segmentation and classification need it, others refuse it"
+        )
+    if features_only and task != "backbone":
+        raise ArgumentError(f"features_only with task {task!r}", "feature lists come from the backbone alone")
+    if out_indices is not None and not features_only:
+        raise ArgumentError("out_indices without features_only", "add features_only=True")
+
+
+def _check_task(entry: ModelEntry, task: str) -> None:
+    if task not in entry.tasks:
+        heads = ", ".join(entry.heads) or "no heads"
+        raise ArgumentError(
+            f"{entry.name} cannot serve task {task!r}: its weights hold {heads} beside the backbone",
+            f"it serves {', '.join(entry.tasks)}",
+        )
+
+
+def _find(name: str | os.PathLike[str], pretrained: bool) -> tuple[ModelEntry, WeightsFile | None, str | None]:
+    """The entry, its opened and checked file, and the file's sha256."""
+    text = os.fspath(name)
+    if hub.is_path(text):
+        path = Path(text)
+        file = open_weights(path / WEIGHTS_NAME if path.is_dir() else path)
+        entry = _own_entry(file)
+        return (entry, file, check_content(file)) if pretrained else (entry, None, None)
+    entry = model_info(text)
+    if not pretrained:
+        return entry, None, None
+    path, expected = hub.locate(entry)
+    file = open_weights(path)
+    return entry, file, check_content(file, expected)
+
+
+def _own_entry(file: WeightsFile) -> ModelEntry:
+    text = file.metadata.get(METADATA_KEY)
+    if text is None:
+        raise WeightsError(
+            f"{file.path} does not say which model it belongs to",
+            "save it with gvsl_zoo.save_pretrained, or list it in a registry of your own (register_registry)",
+        )
+    entry = _parse_entry(text, file.path)
+    return replace(entry, config=dict(entry.config))
+
+
+@lru_cache(maxsize=32)
+def _parse_entry(text: str, path: Path) -> ModelEntry:
+    try:
+        data = json.loads(text)
+    except ValueError:
+        raise WeightsError(f"{path} has an unreadable entry", "save it again with gvsl_zoo.save_pretrained") from None
+    return ModelEntry.from_dict(data, path)
+
+
+def build(
+    entry: ModelEntry,
+    task: str = "backbone",
+    *,
+    num_classes: int | None = None,
+    in_chans: int = 1,
+    features: Sequence[int] | None = None,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """The module of an entry for a task, untrained; on the meta device without any values.
+
+    features: levels of a feature list (empty: the encoder's), or None for a whole backbone.
+    """
+    if entry.architecture != "unet" or entry.objective not in ("gvsl", "gemini", "restoration"):
+        raise ArgumentError(
+            f"{entry.name} is a {entry.architecture} with the objective {entry.objective}, which this version lacks",
+            "see gvsl_zoo.list_models(available=True)",
+        )
+    config = dict(entry.config)
+    head_config = {key: config.pop(key) for key in ("affine_width",) if key in config}
+    decoder = features is None or any(i >= UNet.encoder_levels for i in features)
+    backbone = UNet(**config, in_chans=in_chans, decoder=decoder, device=device)
+    if features is not None:
+        return FeatureList(backbone, features or None)
+    if task in HEADED:
+        assert num_classes is not None
+        return HEADED[task](backbone, num_classes, device=device)
+    return GVSL(backbone, **head_config, device=device) if task in ("registration", "pretraining") else backbone
+
+
+def _backbone(model: nn.Module) -> Backbone:
+    backbone = model if isinstance(model, Backbone) else getattr(model, "unet", None) or model.backbone
+    assert isinstance(backbone, Backbone)
+    return backbone
+
+
+def _fill(model: nn.Module, file: WeightsFile, sha256: str | None) -> LoadReport:
+    """Put the file's tensors into a module on the meta device, and draw what no file holds: a new head."""
+    target: nn.Module = model if isinstance(model, GVSL) else _backbone(model)
+    whole = any(name.startswith(WHOLE_MODULE) for name in file.slots)
+    if isinstance(target, GVSL):
+        names = {name if whole else WHOLE_MODULE + name: name for name in file.slots}
+    else:
+        names = {
+            name.removeprefix(WHOLE_MODULE): name for name in file.slots if name.startswith(WHOLE_MODULE) or not whole
+        }
+    if not _backbone(model).has_decoder:
+        names = {ours: names[ours] for ours in target.state_dict().keys() & names.keys()}
+    tensors = {ours: file.tensor(theirs) for ours, theirs in names.items()}
+    _spread_channels(tensors, _backbone(model), WHOLE_MODULE if isinstance(target, GVSL) else "")
+    assign(target, tensors, str(file.path))
+    fresh: tuple[str, ...] = ()
+    if isinstance(model, HeadedModel):
+        model.reset_head(model.num_classes)
+        fresh = tuple(f"head.{name}" for name in model.head.state_dict())
+    unused = tuple(sorted(set(file.slots) - set(names.values())))
+    stored = sorted({str(slot.dtype).removeprefix("torch.") for slot in file.slots.values()})
+    return LoadReport(str(file.path), sha256, len(tensors), unused, fresh, ", ".join(stored))
+
+
+def _spread_channels(tensors: dict[str, Tensor], backbone: Backbone, prefix: str) -> None:
+    """Divide the weights of a one-channel input among `in_chans` channels."""
+    name = prefix + backbone.input_weight
+    if backbone.in_chans > 1 and name in tensors and tensors[name].shape[1] == 1:
+        tensors[name] = tensors[name].repeat_interleave(backbone.in_chans, 1) / backbone.in_chans
+
+
+def preprocessing(entry: ModelEntry) -> Preprocessing | None:
+    """What the entry expects of a volume; None for models of films."""
+    if entry.ndim != 3:
+        return None
+    spacing = entry.input.spacing_mm
+    intensity = entry.input.intensity
+    return Preprocessing(
+        spacing_mm=None if spacing is None else (spacing[0], spacing[1], spacing[2]),
+        unit=intensity.unit,
+        window=intensity.window,
+        scale=intensity.scale,
+    )
+
+
+def _dress(model: nn.Module, entry: ModelEntry, report: LoadReport) -> nn.Module:
+    """Give the module what a loaded model carries beside its parameters."""
+    recipe = preprocessing(entry)
+    extras: dict[str, Any] = {
+        "entry": entry,
+        "load_report": report,
+        "preprocessing": recipe,
+        "preprocess": partial(_preprocess, recipe, _backbone(model).in_chans),
+        "cite": partial(str, entry.citation),
+    }
+    for name, value in extras.items():
+        setattr(model, name, value)
+    return model
+
+
+def _preprocess(recipe: Preprocessing | None, in_chans: int, volume: Volume | str | os.PathLike[str]) -> Tensor:
+    """The input tensor (1, C, D, H, W) of a scan or its path, every channel the same."""
+    if recipe is None:
+        raise ArgumentError("this model takes films, not volumes", "give it a tensor (B, 1, H, W) in [0, 1]")
+    image = prepare(volume if isinstance(volume, Volume) else read_volume(volume), recipe).image
+    return image.expand(-1, in_chans, *image.shape[2:])
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    entry: ModelEntry | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write a backbone or a whole module as `model.safetensors`, its entry inside, so that `load(folder)` opens it.
+
+    Args:
+        entry: default the one that the model was loaded with.
+        dtype: of the stored tensors; float16 halves the file.
+
+    Returns: the path of the file, written whole or not at all.
+    """
+    entry = entry or getattr(model, "entry", None)
+    if entry is None or not isinstance(model, Backbone | GVSL):
+        raise ArgumentError(
+            f"a {type(model).__name__} {'without an entry ' if entry is None else ''}cannot be saved",
+            "save a backbone or a whole module, with entry=",
+        )
+    path = Path(folder) / WEIGHTS_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors: Mapping[str, Tensor] = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    write_weights(tensors, path, {"format": "pt", METADATA_KEY: json.dumps(entry.to_dict())})
+    return path
