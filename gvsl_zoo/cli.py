@@ -68,12 +68,19 @@ def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def show(facts: dict[str, Any], as_json: bool) -> None:
+    """Print facts as JSON, or a line each; a pair of numbers is a before and an after."""
     if as_json:
         click.echo(json.dumps(facts, indent=2))
-    else:
-        width = max(map(len, facts))
-        for key, value in facts.items():
-            click.echo(f"{key:<{width}}  {value}")
+        return
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            click.echo(key)
+            show({f"  {name}": item for name, item in value.items()}, False)
+        else:
+            parts = value if isinstance(value, tuple) else [value]
+            text = " -> ".join(f"{part:.4g}" if isinstance(part, float) else str(part) for part in parts)
+            click.echo(f"{key:<{width}}  {text}")
 
 
 @main.command("list")

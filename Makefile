@@ -1,0 +1,32 @@
+# make demo | test | lint | examples | bench | wheel: each works alone, from a clean clone, and makes .venv first.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+
+.PHONY: demo test lint examples bench wheel
+
+demo: $(READY)
+	$(BIN)/gvsl-zoo demo --output demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+examples: $(READY)
+	for example in examples/*.py; do echo "$$example"; $(BIN)/python $$example || exit 1; done
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.load
+
+wheel: $(READY)
+	$(BIN)/python -m build --wheel --no-isolation
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,viz]"
+	touch $@

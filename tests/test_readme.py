@@ -1,0 +1,62 @@
+"""The README is right: its tables are the registry's, its Python blocks run, its commands exist."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from gvsl_zoo import write_volume
+from gvsl_zoo.cli import main
+from gvsl_zoo.demo import as_volume
+from gvsl_zoo.pretrain.anatomy import sample_subject
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("gvsl-zoo")
+]
+
+
+@pytest.fixture
+def with_scan(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    subject = sample_subject((40, 40, 48), torch.Generator().manual_seed(0), spacing_mm=(6.0, 6.0, 6.0))
+    write_volume(as_volume(subject), tmp_path / "scan.nii.gz")
+
+
+def test_the_tables_are_those_of_the_registry_and_of_the_measurements(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from model_table import with_tables
+
+    assert with_tables(README) == README, "run python scripts/model_table.py"
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
+def test_every_python_block_runs(block, with_scan):
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert "gvsl_zoo" in sys.modules and len(names) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_runs(command, with_scan):
+    result = CliRunner().invoke(main, shlex.split(command)[1:])
+    assert result.exit_code == 0, result.output
+
+
+def test_every_linked_file_exists():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_there_are_blocks_and_commands_to_check():
+    assert len(PYTHON) >= 5 and len(COMMANDS) >= 5
