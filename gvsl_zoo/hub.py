@@ -6,13 +6,16 @@ import os
 from pathlib import Path
 
 from .errors import SourceError
-from .registry import ModelEntry
+from .registry import ModelEntry, model_info
 
 EMBEDDED = Path(__file__).parent / "embedded"
+FETCH_YOURSELF = "download its model.safetensors and load the path of that file"
 
 
 def is_path(name: str) -> bool:
     """Whether a model is named by its file or folder: it ends in .safetensors, or has a separator."""
+    if name.startswith("hf-hub:"):
+        raise SourceError(f"{name} is on the Hugging Face Hub, which this version does not fetch from", FETCH_YOURSELF)
     return name.endswith(".safetensors") or "/" in name or os.sep in name or name in (".", "..")
 
 
@@ -21,9 +24,11 @@ def locate(entry: ModelEntry) -> tuple[Path, str]:
 
     Raises: SourceError that says what is missing, and what exists instead.
     """
-    instead = f"use {entry.instead!r} in its place" if entry.instead else "see gvsl_zoo.list_models(available=True)"
+    instead = "see gvsl_zoo.list_models(available=True)"
+    if entry.instead:
+        instead = f"the nearest is {entry.instead!r} ({model_info(entry.instead).status})"
     if entry.status == "planned":
-        raise SourceError(f"{entry.name} is planned: {entry.summary}", instead)
+        raise SourceError(f"{entry.name} is planned: {entry.summary.rstrip('.')}", instead)
     for source in entry.sources:
         if source.kind in ("embedded", "file") and source.sha256:
             path = EMBEDDED / str(source.file) if source.kind == "embedded" else Path(str(source.path))

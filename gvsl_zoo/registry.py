@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 
 import yaml
 
-from gvsl_zoo.errors import ArgumentError, RegistryError
+from .errors import ArgumentError, RegistryError
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 1_000_000  # ours has a few kB; what is larger is no registry

@@ -25,7 +25,7 @@ import torch
 from nibabel.spatialimages import HeaderDataError
 from torch.nn import functional as F
 
-from gvsl_zoo.errors import ArgumentError, VolumeError
+from .errors import ArgumentError, VolumeError
 
 CT_WINDOW_HU = (-1024.0, 1024.0)  # official fine-tune loader: (HU + 1024) / 2048, clipped to [0, 1]
 MAX_BYTES = 4 * 2**30  # largest array that one volume may take in memory; `max_bytes` raises it

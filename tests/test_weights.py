@@ -128,7 +128,7 @@ def test_tensors_that_start_at_odd_bytes_are_read(put):
 
 @pytest.mark.parametrize("order", [["a", "none", "b"], ["b", "a", "none"], ["none", "b", "a"]], ids="-".join)
 def test_the_order_of_the_header_does_not_matter(put, order):
-    table = {"a": A, "b": B, "none": claim([0, 3], 8, 8)}
+    table = {"a": A, "b": B, "none": claim([0, 3], 12, 12)}
     file = open_weights(put(packed({name: table[name] for name in order}, BODY)))
     assert bytes(bits(file.tensor("a")).tolist() + bits(file.tensor("b")).tolist()) == BODY
     assert file.tensor("none").shape == (0, 3)

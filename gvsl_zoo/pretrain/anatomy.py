@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gvsl_zoo.errors import ArgumentError
+from ..errors import ArgumentError
 
 CANONICAL_MM = 400.0  # edge of the canonical unit cube; its middle is the middle of the chest
 ATLAS_EDGE = 200  # voxels along the cube: 2 mm, finer than the subjects drawn from it
