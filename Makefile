@@ -22,6 +22,7 @@ examples: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.load
+	$(BIN)/python -m benchmarks.ncc
 
 wheel: $(READY)
 	$(BIN)/python -m build --wheel --no-isolation

@@ -27,33 +27,56 @@ def box_sum(x: Tensor, window: int) -> Tensor:
     return x
 
 
+def _share_inside(shape: torch.Size, window: int, like: Tensor) -> Tensor:
+    """Share of every window that lies inside the image, (*shape): 1 but for the border."""
+    share = like.new_ones(())
+    for size in shape:
+        index = torch.arange(size, device=like.device)
+        count = index.clamp(max=window // 2) + index.flip(0).clamp(max=window // 2) + 1
+        share = share[..., None] * (count.to(like.dtype) / window)
+    return share
+
+
 class _LocalCorrelation(torch.autograd.Function):
-    """cc = cross^2 / (var_a var_b + e) a voxel, all three summed over the window, with its gradient in closed form."""
+    """cc = cross^2 / (var_a var_b + e) a voxel, all three summed over the window, with its gradient in closed form.
+
+    The images are centred first, so that variances do not cancel. Windows count fully at the border, where the released
+    code sees zeros outside; `outside` carries what centring would change there.
+    """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, window: int) -> Tensor:
-        voxels = float(window ** (a.ndim - 2))  # as in the released code, windows count fully at the border
+        voxels = float(window ** (a.ndim - 2))
+        mean_a, mean_b = a.mean(), b.mean()
+        a, b = a - mean_a, b - mean_b
+        share = _share_inside(a.shape[2:], window, a)
+        outside = 1 - share
         sum_a, sum_b, sum_aa, sum_bb, sum_ab = (box_sum(x, window) for x in (a, b, a * a, b * b, a * b))
-        cross = sum_ab.addcmul_(sum_a, sum_b, value=-1 / voxels)
-        var_a = sum_aa.addcmul_(sum_a, sum_a, value=-1 / voxels)
-        var_b = sum_bb.addcmul_(sum_b, sum_b, value=-1 / voxels)
+
+        edge = (voxels / 2) * share * outside
+        edge_a, edge_b = edge * mean_a + outside * sum_a, edge * mean_b + outside * sum_b
+        cross = sum_ab.addcmul_(sum_a, sum_b, value=-1 / voxels).addcmul_(edge_a, mean_b).addcmul_(edge_b, mean_a)
+        var_a = sum_aa.addcmul_(sum_a, sum_a, value=-1 / voxels).addcmul_(edge_a, mean_a, value=2)
+        var_b = sum_bb.addcmul_(sum_b, sum_b, value=-1 / voxels).addcmul_(edge_b, mean_b, value=2)
         product = (var_a * var_b).add_(STABILISER)
         slope = cross / product  # d cc / d cross, halved
         cc = slope * cross
-        ctx.save_for_backward(a, b, sum_a, sum_b, slope, cc / product * var_b, cc / product * var_a)
-        ctx.window, ctx.voxels = window, voxels
+        local_a = sum_a.div_(voxels).addcmul_(outside, mean_a, value=-1)
+        local_b = sum_b.div_(voxels).addcmul_(outside, mean_b, value=-1)
+        ctx.save_for_backward(a, b, local_a, local_b, slope, cc / product * var_b, cc / product * var_a)
+        ctx.window = window
         return cc
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        a, b, sum_a, sum_b, slope, pull_a, pull_b = ctx.saved_tensors
+        a, b, local_a, local_b, slope, pull_a, pull_b = ctx.saved_tensors
         with full_precision(grad):
             cross = 2 * grad * slope
             spread = box_sum(cross, ctx.window)
-            own, other = (a, sum_a, pull_a), (b, sum_b, pull_b)
+            own, other = (a, local_a, pull_a), (b, local_b, pull_b)
             gradients: list[Tensor | None] = []
-            for (x, sum_x, pull), (y, sum_y, _), needed in (
+            for (x, local_x, pull), (y, local_y, _), needed in (
                 (own, other, ctx.needs_input_grad[0]),
                 (other, own, ctx.needs_input_grad[1]),
             ):
@@ -61,8 +84,8 @@ class _LocalCorrelation(torch.autograd.Function):
                     gradients.append(None)
                     continue
                 pulled = 2 * grad * pull
-                mean = box_sum((cross * sum_y - pulled * sum_x) / ctx.voxels, ctx.window)
-                gradients.append(y * spread - x * box_sum(pulled, ctx.window) - mean)
+                shared = box_sum(cross * local_y - pulled * local_x, ctx.window)
+                gradients.append(y * spread - x * box_sum(pulled, ctx.window) - shared)
             return gradients[0], gradients[1], None
 
 

@@ -59,7 +59,7 @@ class Conv3d(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         # PyTorch 2.13 on the CPU: the weight gradient in bf16 is uninitialised memory where the depth is 2
-        if x.shape[2] == 2 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and x.shape[2] == 2:
             with torch.autocast("cpu", enabled=False):
                 return super().forward(x.float())
         return super().forward(x)
