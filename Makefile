@@ -23,6 +23,7 @@ examples: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.load
 	$(BIN)/python -m benchmarks.ncc
+	$(BIN)/python scripts/model_table.py
 
 wheel: $(READY)
 	$(BIN)/python -m build --wheel --no-isolation

@@ -24,7 +24,7 @@ class Commands(click.Group):
         warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
             if ctx.params["debug"]:
@@ -157,6 +157,13 @@ def features_command(
 
     if (mask and not pool) or (picture and pool):
         raise ArgumentError("--mask goes with --pool, --picture without it", "leave one of them out")
+    if picture and picture.resolve() == output.resolve():
+        raise ArgumentError(f"--picture and --output are both {output}", "give each its own")
+    wanted = (".npz", ".json") if pool else (".nii", ".nii.gz")
+    if not output.name.endswith(wanted):
+        raise ArgumentError(
+            f"the output {output.name!r} has no ending for this", f"end the name in {' or '.join(wanted)}"
+        )
     for path in filter(None, (output, picture)):
         check_output(path, scan, overwrite)
     model = load(name, device=device)

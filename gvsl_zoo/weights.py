@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from .errors import WeightsError
 
 MAX_HEADER_BYTES = 4 * 2**20  # 400 tensors and a model's entry take 60 kB
+MAX_AXES = 8  # of a tensor; a convolution in 3D has 5
 MAX_LISTED = 5  # names that an error lists
 DTYPES = {
     "F64": torch.float64,
@@ -56,16 +58,19 @@ class WeightsFile:
     metadata: Mapping[str, str]
 
     @cached_property
-    def _bytes(self) -> Tensor:
-        return torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
+    def _bytes(self) -> mmap.mmap:
+        with self.path.open("rb") as file:
+            return mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_COPY)
 
     def tensor(self, name: str) -> Tensor:
         """A view of the file, mapped copy-on-write: training on it never changes the file."""
         slot = self.slots[name]
-        data = self._bytes[slot.start : slot.end]
+        count = math.prod(slot.shape)
+        if not count:
+            return torch.empty(slot.shape, dtype=slot.dtype)
         if slot.start % slot.dtype.itemsize:
-            data = data.clone()
-        return data.view(slot.dtype).view(slot.shape)
+            return torch.frombuffer(bytearray(self._bytes[slot.start : slot.end]), dtype=slot.dtype).view(slot.shape)
+        return torch.frombuffer(self._bytes, dtype=slot.dtype, count=count, offset=slot.start).view(slot.shape)
 
 
 def open_weights(path: Path) -> WeightsFile:
@@ -97,7 +102,7 @@ def open_weights(path: Path) -> WeightsFile:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise WeightsError(f"{path} has metadata that is not text", DOWNLOAD_AGAIN)
     end = 8 + length
-    for name, slot in sorted(slots.items(), key=lambda item: item[1].start):
+    for name, slot in sorted(slots.items(), key=lambda item: (item[1].start, item[1].end)):
         if slot.start != end:
             raise WeightsError(f"{path}: tensor {name!r} starts at byte {slot.start}, expected {end}", DOWNLOAD_AGAIN)
         end = slot.end
@@ -128,10 +133,12 @@ def _slot(name: str, claim: dict[str, Any], data_start: int) -> TensorSlot:
     if dtype is None:
         raise WeightsError(f"tensor {name!r} has the unknown dtype {claim['dtype']!r}")
     shape, (start, end) = tuple(claim["shape"]), claim["data_offsets"]
+    if len(shape) > MAX_AXES or any(type(n) is int and n >= 2**63 for n in shape):
+        raise WeightsError(f"tensor {name[:80]!r} has {len(shape)} axes or more elements than any tensor can")
     if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
         raise WeightsError(f"tensor {name!r} has a negative or fractional size")
     if end - start != math.prod(shape) * dtype.itemsize:
-        raise WeightsError(f"tensor {name!r} of shape {shape} claims {end - start} bytes")
+        raise WeightsError(f"tensor {name[:80]!r} of shape {shape} claims {end - start} bytes")
     return TensorSlot(dtype, shape, data_start + start, data_start + end)
 
 
@@ -160,7 +167,7 @@ def check_content(file: WeightsFile, sha256: str | None = None) -> str:
     current = _Seal(path, stat.st_size, stat.st_mtime_ns, stat.st_ino, "")
     digest = _remembered(note, current)
     if digest is None:
-        digest = hashlib.sha256(file._bytes.numpy().data).hexdigest()
+        digest = hashlib.sha256(file._bytes).hexdigest()
         for name, slot in file.slots.items():
             if slot.dtype.is_floating_point and not torch.isfinite(file.tensor(name)).all():
                 raise WeightsError(f"{file.path}: tensor {name!r} holds NaN or Inf", "do not use this file")
@@ -175,13 +182,16 @@ def check_content(file: WeightsFile, sha256: str | None = None) -> str:
 def seal_folder() -> Path:
     """Where hashes are remembered: beside the Hub's own cache, following HF_HOME and XDG_CACHE_HOME."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
-    return Path(home).expanduser() / "gvsl-zoo" / "seals"
+    try:
+        return Path(home).expanduser() / "gvsl-zoo" / "seals"
+    except RuntimeError:  # no home at all: nothing can be remembered
+        return Path(os.devnull) / "seals"
 
 
 def _remembered(note: Path, current: _Seal) -> str | None:
     try:
         seal = _Seal(**json.loads(note.read_bytes()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
     return seal.sha256 if asdict(seal) == asdict(current) | {"sha256": seal.sha256} else None
 
@@ -204,6 +214,8 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> Non
             wrong.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}")
         elif not tensors[name].is_floating_point():
             wrong.append(f"{name} is {tensors[name].dtype}, not a floating-point tensor")
+        elif tensors[name].dtype == torch.float64 and not tensors[name].float().isfinite().all():
+            wrong.append(f"{name} holds numbers beyond float32")
     if wrong:
         more = f" and {len(wrong) - MAX_LISTED} more" if len(wrong) > MAX_LISTED else ""
         raise WeightsError(
@@ -217,19 +229,21 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
     """Write a safetensors file, whole or not at all."""
     from safetensors.torch import save
 
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     write_whole(path, save(plain, dict(metadata)))
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, flush it to the disk, and rename it into place."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with partial.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        Path(partial).replace(path)
+        partial.replace(path)
     except BaseException:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise

@@ -92,8 +92,8 @@ def load(
     entry, file, sha256 = _find(name, pretrained)
     _check_task(entry, task)
 
-    features = tuple(out_indices or ()) if features_only else None
-    chans = 1 if in_chans is None else in_chans
+    features = tuple(map(int, out_indices if out_indices is not None else ())) if features_only else None
+    chans = entry.config.get("in_chans", 1) if in_chans is None else in_chans
     building = "meta" if pretrained else None
     model = build(entry, task, num_classes=num_classes, in_chans=chans, features=features, device=building)
     if file is None:
@@ -150,7 +150,7 @@ def _check_task(entry: ModelEntry, task: str) -> None:
 def _find(name: str | os.PathLike[str], pretrained: bool) -> tuple[ModelEntry, WeightsFile | None, str | None]:
     """The entry, its opened and checked file, and the file's sha256."""
     text = os.fspath(name)
-    if hub.is_path(text):
+    if not isinstance(name, str) or hub.is_path(text):
         path = Path(text)
         file = open_weights(path / WEIGHTS_NAME if path.is_dir() else path)
         entry = _own_entry(file)
@@ -178,7 +178,7 @@ def _own_entry(file: WeightsFile) -> ModelEntry:
 def _parse_entry(text: str, path: Path) -> ModelEntry:
     try:
         data = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise WeightsError(f"{path} has an unreadable entry", "save it again with gvsl_zoo.save_pretrained") from None
     return ModelEntry.from_dict(data, path)
 
@@ -201,9 +201,12 @@ def build(
             f"{entry.name} is a {entry.architecture} with the objective {entry.objective}, which this version lacks",
             "see gvsl_zoo.list_models(available=True)",
         )
-    config = dict(entry.config)
+    config = {key: value for key, value in entry.config.items() if key != "in_chans"}
+    if task in ("registration", "pretraining") and entry.objective != "gvsl":
+        raise ArgumentError(f"{entry.name}: this version lacks the heads of {entry.objective}", "load the backbone")
     head_config = {key: config.pop(key) for key in ("affine_width",) if key in config}
-    decoder = features is None or any(i >= UNet.encoder_levels for i in features)
+    levels = () if task == "classification" else features
+    decoder = levels is None or any(i >= UNet.encoder_levels for i in levels)
     backbone = UNet(**config, in_chans=in_chans, decoder=decoder, device=device)
     if features is not None:
         return FeatureList(backbone, features or None)
@@ -247,7 +250,7 @@ def _spread_channels(tensors: dict[str, Tensor], backbone: Backbone, prefix: str
     """Divide the weights of a one-channel input among `in_chans` channels."""
     name = prefix + backbone.input_weight
     if backbone.in_chans > 1 and name in tensors and tensors[name].shape[1] == 1:
-        tensors[name] = tensors[name].repeat_interleave(backbone.in_chans, 1) / backbone.in_chans
+        tensors[name] = tensors[name].float().repeat_interleave(backbone.in_chans, 1) / backbone.in_chans
 
 
 def preprocessing(entry: ModelEntry) -> Preprocessing | None:
@@ -309,7 +312,16 @@ def save_pretrained(
             "save a backbone or a whole module, with entry=",
         )
     path = Path(folder) / WEIGHTS_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WeightsError(f"cannot make the folder {path.parent}: {error.strerror}", "choose another") from None
     tensors: Mapping[str, Tensor] = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise WeightsError(f"{name} holds NaN or Inf as {dtype}", "do not save this model")
+    chans = _backbone(model).in_chans
+    if chans != entry.config.get("in_chans", 1):
+        entry = replace(entry, config=entry.config | {"in_chans": chans})
     write_weights(tensors, path, {"format": "pt", METADATA_KEY: json.dumps(entry.to_dict())})
     return path

@@ -207,7 +207,6 @@ def test_a_film_is_refused(folder):
     ("code", "text", "args"),
     [
         (1, "does not exist; make it first", ["-o", "none/out.nii.gz"]),
-        (1, "does not end in .nii or .nii.gz", ["-o", "out.txt"]),
         (2, "end the name in .npz or .json", ["-o", "out.nii.gz", "--pool"]),
         (2, "--mask goes with --pool", ["-o", "out.nii.gz", "--mask", "mask.nii.gz"]),
         (2, "--picture without it", ["-o", "out.npz", "--pool", "--picture", "out.png"]),
@@ -231,7 +230,7 @@ def test_a_wrong_output_name_is_refused_before_the_work(folder, monkeypatch, arg
     monkeypatch.chdir(folder)
     monkeypatch.setattr("gvsl_zoo.zoo.load", lambda *_, **__: pytest.fail("the model was loaded"))
     result = run("features", "-i", "ct.nii.gz", *args)
-    assert result.stderr.startswith("error: ") and "out." in result.stderr
+    assert result.exit_code in (1, 2) and result.stderr.startswith("error: ") and "out." in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -304,6 +303,7 @@ def test_a_reader_that_closes_the_pipe_gets_no_complaint():
     assert "unexpected" not in subprocess.run(command, shell=True, capture_output=True, text=True).stderr
 
 
+@pytest.mark.slow
 def test_facts_go_to_one_stream_and_notices_to_the_other(folder):
     scan, out = folder / "mr.nii.gz", folder / "out.nii.gz"
     nib.save(nib.Nifti1Image(np.arange(24**3, dtype=np.int16).reshape(24, 24, 24) % 500, np.eye(4) * 4), scan)

@@ -143,7 +143,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     original = loop.losses
     spoil = iter((1.0, 1.0, float("nan")))
     monkeypatch.setattr(loop, "losses", lambda *a: {k: v * f for f in [next(spoil)] for k, v in original(*a).items()})
-    with pytest.raises(ArgumentError, match=r"loss became nan at step 2; .*lower the learning rate"):
+    with pytest.raises(
+        ArgumentError, match=r"loss became nan and its gradient nan at step 2; .*lower the learning rate"
+    ):
         loop.pretrain(settings(), tmp_path)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
 
@@ -176,20 +178,20 @@ def test_the_learning_rate_warms_up_and_ends_at_zero():
 def test_one_pose_moves_all_three_images_of_a_pair(generator, monkeypatch):
     drawn, source = [], SyntheticPairs(CROP, 12.0)
 
-    def twice_the_same(generator):
+    def twice_the_same(generator, variation):
         drawn.append(source.draw(generator)[0])
         return drawn[-1], drawn[-1]
 
     twins = type("Twins", (), {"draw": staticmethod(twice_the_same)})
     monkeypatch.setattr(loop, "damage", lambda x, generator: x.clone())
-    fixed, damaged, moving = loop.draw_batch(settings(batch_size=2), twins, None, generator, "cpu")
+    fixed, damaged, moving = loop.draw_batch(settings(batch_size=2), 0, twins, None, generator, "cpu")
     assert torch.equal(fixed, damaged)
     assert torch.equal(fixed, moving)
     assert not torch.equal(fixed, torch.stack(drawn))
 
 
 def test_a_batch_is_three_different_images_in_the_unit_range(generator):
-    batch = loop.draw_batch(settings(batch_size=2), SyntheticPairs(CROP, 12.0), None, generator, "cpu")
+    batch = loop.draw_batch(settings(batch_size=2), 0, SyntheticPairs(CROP, 12.0), None, generator, "cpu")
     assert len({image.sum().item() for image in batch}) == 3
     for image in batch:
         assert image.shape == (2, 1, *CROP)
@@ -204,9 +206,30 @@ def test_the_synthetic_share_decides_where_pairs_come_from(generator, share, exp
     drawn = []
     for source in (synthetic, real):
         original = source.draw
-        object.__setattr__(source, "draw", lambda g, s=source, o=original: drawn.append(s) or o(g))
-    loop.draw_batch(config, synthetic, real, generator, "cpu")
+        object.__setattr__(source, "draw", lambda *a, s=source, o=original: drawn.append(s) or o(*a))
+    loop.draw_batch(config, config.ramp_steps, synthetic, real, generator, "cpu")
     assert drawn == [real if expected else synthetic] * 2
+
+
+def test_the_task_hardens_over_the_ramp(generator):
+    config, variations = settings(ramp_steps=10), []
+    source = type("Source", (), {"draw": staticmethod(lambda g, v: variations.append(v) or draw(g, v))})
+    draw = SyntheticPairs(CROP, 12.0).draw
+    for step in (0, 5, 10, 50):
+        loop.draw_batch(config, step, source, ScanPairs(scans("a", "a"), CROP), generator, "cpu")
+    assert variations == sorted(variations)
+    assert variations[0] == loop.EASIEST_VARIATION
+    assert max(variations) <= 1
+    easy, hard = (draw(torch.Generator().manual_seed(3), v) for v in (0.05, 1.0))
+    assert (easy[0] - easy[1]).abs().mean() < (hard[0] - hard[1]).abs().mean()
+
+
+def test_the_fixed_image_is_damaged_in_the_share_of_steps_asked_for(generator):
+    for share in (0.0, 1.0):
+        fixed, damaged, _ = loop.draw_batch(
+            settings(damage_share=share), 0, SyntheticPairs(CROP, 12.0), None, generator, "cpu"
+        )
+        assert torch.equal(fixed, damaged) == (share == 0.0)
 
 
 def test_a_run_on_scans_alone_learns_from_them(tmp_path):
@@ -257,9 +280,9 @@ def test_scans_without_two_of_one_region_are_refused(regions):
 
 @pytest.mark.slow
 def test_a_short_training_learns_to_restore_images_it_has_not_seen(tmp_path):
-    config = settings(120, save_every=1000, warmup_steps=5, learning_rate=3e-3)
+    config = settings(120, save_every=1000, warmup_steps=5, learning_rate=3e-3, damage_share=1.0)
     unseen, source = torch.Generator().manual_seed(123), SyntheticPairs(CROP, config.spacing_mm)
-    fixed, damaged, moving = loop.draw_batch(settings(batch_size=8), source, None, unseen, "cpu")
+    fixed, damaged, moving = loop.draw_batch(settings(batch_size=8, damage_share=1.0), 0, source, None, unseen, "cpu")
 
     def error_after(steps):
         model = loop.pretrain(replace(config, steps=steps), tmp_path / str(steps))
