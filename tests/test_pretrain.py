@@ -191,7 +191,9 @@ def test_one_pose_moves_all_three_images_of_a_pair(generator, monkeypatch):
 
 
 def test_a_batch_is_three_different_images_in_the_unit_range(generator):
-    batch = loop.draw_batch(settings(batch_size=2), 0, SyntheticPairs(CROP, 12.0), None, generator, "cpu")
+    batch = loop.draw_batch(
+        settings(batch_size=2, damage_share=1.0), 0, SyntheticPairs(CROP, 12.0), None, generator, "cpu"
+    )
     assert len({image.sum().item() for image in batch}) == 3
     for image in batch:
         assert image.shape == (2, 1, *CROP)
