@@ -211,6 +211,7 @@ class ModelEntry:
     citation: str
     training: Training | None = None
     evaluation: tuple[Evaluation, ...] = ()
+    limits: str | None = None  # what the weights are not good for
     proof: Proof | None = None
 
     def __post_init__(self) -> None:

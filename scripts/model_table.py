@@ -30,9 +30,18 @@ def load_table() -> str:
     return "\n".join([*rows, "", f"Extra resident memory before the first forward pass: {resident}."])
 
 
+def probe_table() -> str:
+    results = json.loads((ROOT / "benchmarks/results/probe.json").read_text())["results"]
+    counts = list(results["scratch"])
+    rows = [f"| labelled | {' | '.join(counts)} |", "|---" * (1 + len(counts)) + "|"]
+    for arm, row in results.items():
+        rows.append(f"| {arm} | " + " | ".join(f"{row[n]['mean']:.1f} +- {row[n]['sd']:.1f}" for n in counts) + " |")
+    return "\n".join(rows)
+
+
 def with_tables(readme: str) -> str:
     """The README with its generated parts written anew."""
-    for name, table in (("models", model_table()), ("load", load_table())):
+    for name, table in (("models", model_table()), ("load", load_table()), ("probe", probe_table())):
         pattern = rf"(<!-- {name}: [^>]*-->\n).*?(<!-- /{name} -->)"
         readme, count = re.subn(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", readme, flags=re.DOTALL)
         assert count == 1, f"README.md lacks the marks of the table {name!r}"

@@ -380,3 +380,8 @@ def test_in_a_wheel_the_registry_lies_beside_the_module(tmp_path, monkeypatch):
     assert registry._own_path() == tmp_path / "weights_registry.yaml"
     monkeypatch.setattr(registry, "__file__", str(tmp_path / "gvsl_zoo" / "registry.py"))
     assert registry._own_path() == tmp_path / "weights_registry.yaml"
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_model_says_that_it_is_no_medical_device(name):
+    assert "not a medical device" in (model_info(name).limits or "")
