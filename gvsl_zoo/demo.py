@@ -19,7 +19,7 @@ from .losses import local_ncc_loss
 from .models.gvsl import GVSL
 from .pretrain.anatomy import LABELS, Subject, sample_subject
 from .pretrain.augment import damage
-from .report import draw, matching_row, middle, restoration_row, scan_rows
+from .report import Row, draw, matching_row, middle, restoration_row, scan_rows
 from .spatial import jacobian_determinant, warp
 from .volume import Prepared, Volume, write_volume
 
@@ -104,28 +104,14 @@ def run_demo(
     images, numbers = match(model, spacing_mm, matching)
 
     say("drawing the picture")
-    scan_row, features_row = scan_rows(prepared, components)
+    restored = (
+        f"PSNR {ratios[shown][0]:.1f} → {ratios[shown][1]:.1f} dB "
+        f"(mean of {DAMAGES} random damages: {damaged_db:.1f} → {restored_db:.1f} dB)"
+    )
     rows = [
-        replace(
-            scan_row,
-            heading="Scan and features",
-            note=f"{scan_row.note}; feature components 1, 2, 3 as red, green, blue",
-            panels=[*scan_row.panels, *features_row.panels],
-        ),
-        restoration_row(
-            crops[shown],
-            prepared.spacing_mm,
-            f"PSNR {ratios[shown][0]:.1f} → {ratios[shown][1]:.1f} dB "
-            f"(mean of {DAMAGES} random damages: {damaged_db:.1f} → {restored_db:.1f} dB)",
-        ),
-        matching_row(
-            images,
-            spacing_mm,
-            f"synthetic subjects, means of {PAIRS} pairs: "
-            f"organ Dice {numbers['dice_before']:.2f} → {numbers['dice_after']:.2f}, "
-            f"local NCC {numbers['ncc_before']:.2f} → {numbers['ncc_after']:.2f}, "
-            f"{100 * numbers['folded']:.2g} % of voxels folded",
-        ),
+        _features_row(prepared, components),
+        restoration_row(crops[shown], prepared.spacing_mm, restored),
+        matching_row(images, spacing_mm, _matching_note(numbers)),
     ]
     entry = getattr(model, "entry", None)
     name = scan.path.name if scan.path else "synthetic CT" if input_path else "a scan"
@@ -138,6 +124,22 @@ def run_demo(
         psnr_damaged_db=damaged_db,
         psnr_restored_db=restored_db,
         **numbers,
+    )
+
+
+def _features_row(prepared: Prepared, components: Tensor) -> Row:
+    """The scan and its components side by side."""
+    scan, features = scan_rows(prepared, components)
+    note = f"{scan.note}; feature components 1, 2, 3 as red, green, blue"
+    return replace(scan, heading="Scan and features", note=note, panels=[*scan.panels, *features.panels])
+
+
+def _matching_note(numbers: dict[str, Any]) -> str:
+    return (
+        f"synthetic subjects, means of {PAIRS} pairs: "
+        f"organ Dice {numbers['dice_before']:.2f} → {numbers['dice_after']:.2f}, "
+        f"local NCC {numbers['ncc_before']:.2f} → {numbers['ncc_after']:.2f}, "
+        f"{100 * numbers['folded']:.2g} % of voxels folded"
     )
 
 

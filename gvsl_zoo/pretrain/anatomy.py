@@ -132,74 +132,93 @@ TUBES: tuple[tuple[str, float, float, tuple[Point, ...]], ...] = (
 )
 
 
-@lru_cache(maxsize=1)
-def canonical_tissues() -> Tensor:
-    """The canonical thorax, drawn once in a process: `TISSUE_IDS`, (200, 200, 200) uint8, 2 mm voxels."""
-    axis = (torch.arange(ATLAS_EDGE) + 0.5) / ATLAS_EDGE * CANONICAL_MM - CANONICAL_MM / 2
-    z, y, x = axis[:, None, None], axis[None, :, None], axis[None, None, :]
-    atlas = torch.zeros((ATLAS_EDGE,) * 3, dtype=torch.uint8)
+class _Canvas:
+    """The canonical space in 2 mm voxels, painted tissue over tissue; coordinates are millimetres from its middle."""
 
-    def paint(tissue: str, mask: Tensor, box: tuple[slice, ...] = (slice(None),) * 3) -> None:
-        atlas[box].masked_fill_(mask, TISSUE_IDS[tissue])
+    def __init__(self) -> None:
+        axis = (torch.arange(ATLAS_EDGE) + 0.5) / ATLAS_EDGE * CANONICAL_MM - CANONICAL_MM / 2
+        self.z, self.y, self.x = axis[:, None, None], axis[None, :, None], axis[None, None, :]
+        self.atlas = torch.zeros((ATLAS_EDGE,) * 3, dtype=torch.uint8)
 
-    def box_around(low: Tensor, high: Tensor) -> tuple[tuple[slice, ...], tuple[Tensor, Tensor, Tensor]]:
+    def paint(self, tissue: str, mask: Tensor, box: tuple[slice, ...] = (slice(None),) * 3) -> None:
+        self.atlas[box].masked_fill_(mask, TISSUE_IDS[tissue])
+
+    def box_around(self, low: Tensor, high: Tensor) -> tuple[tuple[slice, ...], tuple[Tensor, Tensor, Tensor]]:
         """The part of the grid within [low, high] mm, as slices and as coordinates."""
         edges = torch.stack((low, high)) / CANONICAL_MM * ATLAS_EDGE + ATLAS_EDGE / 2
         box = tuple(slice(max(int(a), 0), max(int(b) + 1, 0)) for a, b in edges.T.tolist())
-        return box, (z[box[0]], y[:, box[1]], x[:, :, box[2]])
+        return box, (self.z[box[0]], self.y[:, box[1]], self.x[:, :, box[2]])
 
-    def paint_ellipsoid(tissue: str, centre: Point, radii: Sequence[float], direction: Point | None) -> None:
+    def ellipsoid(self, tissue: str, centre: Point, radii: Sequence[float], direction: Point | None) -> None:
         reach = torch.tensor(radii if direction is None else (max(radii),) * 3)
-        box, here = box_around(torch.tensor(centre) - reach, torch.tensor(centre) + reach)
+        box, here = self.box_around(torch.tensor(centre) - reach, torch.tensor(centre) + reach)
         dz, dy, dx = (a - c for a, c in zip(here, centre, strict=True))
         if direction is None:
             level = (dz / radii[0]) ** 2 + (dy / radii[1]) ** 2 + (dx / radii[2]) ** 2
         else:
             along2 = (dz * direction[0] + dy * direction[1] + dx * direction[2]) ** 2
             level = along2 / radii[0] ** 2 + (dz**2 + dy**2 + dx**2 - along2) / radii[1] ** 2
-        paint(tissue, level < 1, box)
+        self.paint(tissue, level < 1, box)
 
-    def paint_tube(tissue: str, first: float, last: float, points: Sequence[Sequence[float]], only: str = "") -> None:
+    def tube(self, tissue: str, first: float, last: float, points: Sequence[Sequence[float]], only: str = "") -> None:
         radii = torch.linspace(first, last, len(points)).tolist()
         for a, b, ra, rb in zip(points[:-1], points[1:], radii[:-1], radii[1:], strict=True):
             ends = torch.tensor((a, b))
-            box, here = box_around(ends.amin(0) - max(ra, rb), ends.amax(0) + max(ra, rb))
+            box, here = self.box_around(ends.amin(0) - max(ra, rb), ends.amax(0) + max(ra, rb))
             step = ends[1] - ends[0]
             dz, dy, dx = (h - c for h, c in zip(here, a, strict=True))
             t = ((dz * step[0] + dy * step[1] + dx * step[2]) / (step @ step)).clamp(0, 1)
             distance2 = (dz - t * step[0]) ** 2 + (dy - t * step[1]) ** 2 + (dx - t * step[2]) ** 2
             mask = distance2 < (ra + (rb - ra) * t) ** 2
-            paint(tissue, mask & (atlas[box] == TISSUE_IDS[only]) if only else mask, box)
+            self.paint(tissue, mask & (self.atlas[box] == TISSUE_IDS[only]) if only else mask, box)
 
+
+@lru_cache(maxsize=1)
+def canonical_tissues() -> Tensor:
+    """The canonical thorax, drawn once in a process: `TISSUE_IDS`, (200, 200, 200) uint8, 2 mm voxels."""
+    canvas = _Canvas()
+    inside = _draw_trunk(canvas)
+    _draw_lung_vessels(canvas)
+    _draw_organs(canvas, inside)
+    _draw_spine(canvas)
+    return canvas.atlas
+
+
+def _draw_trunk(canvas: _Canvas) -> Tensor:
+    """Body wall, rib cage and lungs; returns the inside of the cage."""
+    z, y, x = canvas.z, canvas.y, canvas.x
     # Trunk: skin, fat, muscle; a superellipse that closes over the shoulders, and a neck.
     trunk = (x.abs() / 172) ** 2.4 + (y.abs() / 120) ** 2.4 + ((z - 40).clamp_min(0) / 172) ** 3
     neck = (x / 58) ** 2 + ((y + 10) / 60) ** 2 + (z < 60) * 9.0
     body = torch.minimum(trunk, neck)
     for tissue, level in (("skin", 1.0), ("fat", 0.96), ("muscle", 0.78)):
-        paint(tissue, body < level)
+        canvas.paint(tissue, body < level)
 
     # Rib cage: its hull holds lungs above and viscera below; ribs are slanted bands around it.
     cage = (x / 134) ** 2 + (y / 88) ** 2 + ((z + 40).clamp_min(0) / 176) ** 2.4
-    paint("fat", (cage > 1.18) & (cage < 1.25) & (body < 0.78))  # between the layers of muscle
+    canvas.paint("fat", (cage > 1.18) & (cage < 1.25) & (body < 0.78))  # between the layers of muscle
     slant = z + 0.5 * y  # ribs descend towards the front
     ribs = (cage > 0.99) & (cage < 1.14) & (slant > -150) & (z < 120) & ((slant / 27) % 1 < 0.4)
-    paint("rib", ribs & ((x.abs() > 24) | (y < 0)))
+    canvas.paint("rib", ribs & ((x.abs() > 24) | (y < 0)))
     sternum = (x.abs() < 17) & (z > -70) & (z < 100) & (((y - 88 + (z - 20).abs() * 0.12) / 6).abs() < 1)
-    paint("rib", sternum)
+    canvas.paint("rib", sternum)
     blade = (cage > 1.30) & (cage < 1.42) & (y < -15) & (x.abs() > 75 - 0.3 * z) & (z > 0) & (z < 120)
-    paint("rib", blade)  # scapulae
+    canvas.paint("rib", blade)  # scapulae
     inside = cage < 0.95
-    paint("viscera", inside)
-    paint("lung_left", inside & (z > -150) & (x < 0))
-    paint("lung_right", inside & (z > -150) & (x >= 0))
+    canvas.paint("viscera", inside)
+    canvas.paint("lung_left", inside & (z > -150) & (x < 0))
+    canvas.paint("lung_right", inside & (z > -150) & (x >= 0))
+    return inside
 
-    # Vessels of the lungs: two trees that fork from the hila, the same in every subject.
+
+def _draw_lung_vessels(canvas: _Canvas) -> None:
+    """Two trees that fork from the hila, the same in every subject."""
     generator = torch.Generator().manual_seed(0)
 
     def grow(side: str, start: Tensor, direction: Tensor, length: float, radius: float) -> None:
         end = start + length * direction
         points = (start.tolist(), end.tolist())
-        paint_tube(f"vessel_{side}", radius, 0.75 * radius, points, only=f"lung_{side}")
+        canvas.tube(f"vessel_{side}", radius, 0.75 * radius, points, only=f"lung_{side}")
         if radius > 2.0:
             for _ in range(3):
                 turned = F.normalize(direction + 0.75 * torch.randn(3, generator=generator), dim=0)
@@ -210,31 +229,36 @@ def canonical_tissues() -> Tensor:
             direction = F.normalize(torch.tensor((up, front, 0.7 * sign)), dim=0)
             grow(side, torch.tensor((15.0, -15.0, 34.0 * sign)), direction, 38.0, 5.5)
 
-    # Between and below the lungs.
-    paint("mediastinum", inside & ((x / (30 - 0.07 * z)) ** 2 + ((y + 5) / 100) ** 2 < 1))
+
+def _draw_organs(canvas: _Canvas, inside: Tensor) -> None:
+    """What lies between and below the lungs."""
+    z, y, x = canvas.z, canvas.y, canvas.x
+    canvas.paint("mediastinum", inside & ((x / (30 - 0.07 * z)) ** 2 + ((y + 5) / 100) ** 2 < 1))
     right_dome = ((z + 160) / 88) ** 2 + (y / 94) ** 2 + ((x - 60) / 80) ** 2
     left_dome = ((z + 165) / 80) ** 2 + ((y + 5) / 88) ** 2 + ((x + 68) / 74) ** 2
-    paint("muscle", inside & (torch.minimum(left_dome, right_dome) < 1))  # diaphragm
-    paint("viscera", inside & (left_dome < 0.93))
-    paint("liver", inside & (right_dome < 0.93))
+    canvas.paint("muscle", inside & (torch.minimum(left_dome, right_dome) < 1))  # diaphragm
+    canvas.paint("viscera", inside & (left_dome < 0.93))
+    canvas.paint("liver", inside & (right_dome < 0.93))
     for ellipsoid in ELLIPSOIDS:
-        paint_ellipsoid(*ellipsoid)
+        canvas.ellipsoid(*ellipsoid)
     for tube in TUBES:
-        paint_tube(*tube)
+        canvas.tube(*tube)
 
-    # Spine: a curved column of vertebrae and discs, 25 mm a level, with canal, arches and processes.
+
+def _draw_spine(canvas: _Canvas) -> None:
+    """A curved column of vertebrae and discs, 25 mm a level, with canal, arches and processes."""
+    z, y, x = canvas.z, canvas.y, canvas.x
     middle = -60 - 12 * torch.cos(math.pi * (z + 20) / 260)
     behind, vertebra = y - middle, (z / 25) % 1
     column = (x / 19) ** 2 + (behind / 16) ** 2
     arch = (x / 17) ** 2 + ((behind + 24) / 13) ** 2
     spinous = (x.abs() < 5) & (behind < -30) & (behind > -46)
     transverse = (x.abs() < 36) & ((behind + 24).abs() < 6)
-    paint("cortex", (arch < 1) | ((spinous | transverse) & (vertebra < 0.5)))
-    paint("cortex", column < 1)
-    paint("marrow", column < 0.72)
-    paint("disc", (column < 1) & (vertebra > 0.8))
-    paint("canal", (x / 10) ** 2 + ((behind + 23) / 8) ** 2 < 1)
-    return atlas
+    canvas.paint("cortex", (arch < 1) | ((spinous | transverse) & (vertebra < 0.5)))
+    canvas.paint("cortex", column < 1)
+    canvas.paint("marrow", column < 0.72)
+    canvas.paint("disc", (column < 1) & (vertebra > 0.8))
+    canvas.paint("canal", (x / 10) ** 2 + ((behind + 23) / 8) ** 2 < 1)
 
 
 def _spline(coefficients: Tensor, positions: Sequence[Tensor]) -> Tensor:
