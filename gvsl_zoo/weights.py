@@ -89,8 +89,9 @@ def open_weights(path: Path) -> WeightsFile:
             if length > MAX_HEADER_BYTES:
                 raise WeightsError(f"{path} has a header of {length} bytes, at most {MAX_HEADER_BYTES} are read")
             header = file.read(length)
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read: {error.strerror}", "check the path and its permissions") from None
+    except (OSError, ValueError) as error:  # the latter: a NUL in the path
+        cause = f"{path} cannot be read: {getattr(error, 'strerror', error)}"
+        raise WeightsError(cause, "check the path and its permissions") from None
     try:
         table = json.loads(header.decode(), object_pairs_hook=_without_duplicates)
         metadata = table.pop("__metadata__", {})

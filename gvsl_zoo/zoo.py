@@ -88,6 +88,8 @@ def load(
         do not fit (before any parameter is touched), ArgumentError for arguments that do not.
     """
     _check_arguments(task, num_classes, features_only, out_indices)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ArgumentError(f"dtype {dtype}", "parameters are floating-point numbers: float32, float16 or bfloat16")
     device = resolve_device(device)
     entry, file, sha256 = _find(name, pretrained)
     _check_task(entry, task)

@@ -711,3 +711,18 @@ def test_a_loaded_model_is_a_plain_module():
     model = load(NANO)
     assert isinstance(model, nn.Module) and isinstance(nn.Sequential(model, nn.Conv3d(WIDTH, 1, 1)), nn.Module)
     assert not any(key.startswith(("entry", "preprocess", "load_report")) for key in model.state_dict())
+
+
+def test_parameters_are_floating_point_numbers():
+    with pytest.raises(ArgumentError, match="float32, float16 or bfloat16"):
+        load("gvsl-unet-ct-nano", dtype=torch.int32)
+
+
+def test_a_fraction_of_a_class_is_refused():
+    with pytest.raises(ArgumentError, match=r"num_classes=2\.5; give a whole number"):
+        load("gvsl-unet-ct-nano", task="segmentation", num_classes=2.5)
+
+
+def test_a_path_with_a_nul_is_refused():
+    with pytest.raises(WeightsError, match="cannot be read"):
+        load("bad\0name.safetensors")

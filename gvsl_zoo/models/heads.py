@@ -35,8 +35,10 @@ class HeadedModel(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         """Put a freshly drawn head for `num_classes` in place of the present one."""
-        if num_classes < 1:
-            raise ArgumentError(f"num_classes={num_classes}", "give at least 1 (the background counts as a class)")
+        if int(num_classes) != num_classes or num_classes < 1:
+            raise ArgumentError(
+                f"num_classes={num_classes}", "give a whole number, at least 1 (the background counts as a class)"
+            )
         reference = next(self.backbone.parameters())
         self.num_classes = num_classes
         self.head = self._make_head(num_classes, device or reference.device).to(reference.dtype)
