@@ -719,7 +719,7 @@ def test_parameters_are_floating_point_numbers():
 
 
 def test_a_fraction_of_a_class_is_refused():
-    with pytest.raises(ArgumentError, match=r"num_classes=2\.5; give a whole number"):
+    with pytest.raises(ArgumentError, match=r"num_classes=2\.5; give at least 1, a whole number"):
         load("gvsl-unet-ct-nano", task="segmentation", num_classes=2.5)
 
 

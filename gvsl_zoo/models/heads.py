@@ -37,7 +37,7 @@ class HeadedModel(nn.Module):
         """Put a freshly drawn head for `num_classes` in place of the present one."""
         if int(num_classes) != num_classes or num_classes < 1:
             raise ArgumentError(
-                f"num_classes={num_classes}", "give a whole number, at least 1 (the background counts as a class)"
+                f"num_classes={num_classes}", "give at least 1, a whole number (the background counts as a class)"
             )
         reference = next(self.backbone.parameters())
         self.num_classes = num_classes
