@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .errors import ArgumentError, GvslZooError
 from .volume import Prepared
+from .weights import write_whole
 
 WIDTH, DPI = 12.8, 150  # inches; 1920 pixels
 MARGIN, GAP, TITLE, HEADING, CAPTION, BAR = 0.3, 0.1, 0.4, 0.42, 0.26, 0.62  # inches
@@ -242,13 +243,10 @@ def _show(axes: Any, panel: Panel, inches: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Write a PNG beside its place, then rename: all of it or nothing."""
-    part = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.part")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": None})  # the same picture is the same bytes
     try:
-        figure.savefig(part, format="png", metadata={"Software": None})  # the same picture is the same bytes
-        part.replace(path)
+        write_whole(path, content.getvalue())
     except OSError as error:
         cause = f"cannot write {str(path)!r}: {error.strerror or error}"
         raise GvslZooError(cause, "check the folder, the permissions and the free space") from error
-    finally:
-        part.unlink(missing_ok=True)

@@ -227,13 +227,19 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> Non
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file, whole or not at all; the same tensors and metadata give the same bytes."""
     from safetensors.torch import save
 
     plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    write_whole(path, save(plain, dict(metadata)))
+    content = save(plain, dict(metadata))
+    start = 8 + int.from_bytes(content[:8], "little")
+    table = json.loads(content[8:start])  # safetensors writes the metadata in a random order
+    table["__metadata__"] = dict(sorted(metadata.items()))
+    header = json.dumps(table, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    write_whole(path, len(header).to_bytes(8, "little") + header + content[start:])
 
 
 def write_whole(path: Path, content: bytes) -> None:

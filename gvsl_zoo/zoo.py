@@ -206,7 +206,7 @@ def build(
     config = {key: value for key, value in entry.config.items() if key != "in_chans"}
     if task in ("registration", "pretraining") and entry.objective != "gvsl":
         raise ArgumentError(f"{entry.name}: this version lacks the heads of {entry.objective}", "load the backbone")
-    head_config = {key: config.pop(key) for key in ("affine_width",) if key in config}
+    affine_width = config.pop("affine_width", None)
     levels = () if task == "classification" else features
     decoder = levels is None or any(i >= UNet.encoder_levels for i in levels)
     backbone = UNet(**config, in_chans=in_chans, decoder=decoder, device=device)
@@ -215,7 +215,9 @@ def build(
     if task in HEADED:
         assert num_classes is not None
         return HEADED[task](backbone, num_classes, device=device)
-    return GVSL(backbone, **head_config, device=device) if task in ("registration", "pretraining") else backbone
+    if task in ("registration", "pretraining"):
+        return GVSL(backbone, affine_width=affine_width, device=device)
+    return backbone
 
 
 def _backbone(model: nn.Module) -> Backbone:

@@ -200,7 +200,7 @@ def test_a_scan_that_is_none_is_refused(folder, content, text):
 
 def test_a_film_is_refused(folder):
     nib.save(nib.Nifti1Image(np.zeros((20, 20), np.int16), np.eye(4)), folder / "film.nii.gz")
-    refused(1, "film.nii.gz", "features", "-i", folder / "film.nii.gz", "-o", folder / "out.nii.gz")
+    refused(1, "a 2-D image of shape (20, 20)", "features", "-i", folder / "film.nii.gz", "-o", folder / "out.nii.gz")
 
 
 @pytest.mark.parametrize(

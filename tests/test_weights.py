@@ -592,3 +592,13 @@ def test_a_written_file_is_as_readable_for_others_as_any_new_file(tmp_path):
     (tmp_path / "plain").write_bytes(b"")
     weights.write_whole(tmp_path / "ours", b"")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_the_same_tensors_and_metadata_give_the_same_bytes(tmp_path):
+    tensors, metadata = {"b": torch.ones(3), "a": torch.zeros(2)}, {"format": "pt", "zoo": "ä", "x": "1", "y": "2"}
+    contents = set()
+    for index in range(12):
+        write_weights(tensors, tmp_path / f"{index}.safetensors", metadata)
+        contents.add((tmp_path / f"{index}.safetensors").read_bytes())
+    assert len(contents) == 1
+    assert dict(open_weights(tmp_path / "0.safetensors").metadata) == metadata

@@ -58,7 +58,7 @@ def pretrain(config: PretrainConfig, out: Path, scans: Sequence[Scan] = (), devi
             if not (torch.isfinite(loss) and torch.isfinite(norm)):
                 raise ArgumentError(
                     f"loss became {loss.item()} and its gradient {norm.item()} at step {step}",
-                    f"the checkpoint in {out} is the last good one; lower the learning rate",
+                    f"a checkpoint in {out} is from before and good; lower the learning rate",
                 )
             optimizer.step()
             step += 1
