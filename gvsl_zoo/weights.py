@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import WeightsError
+from .cache import own_folder
+from .errors import WeightsError, listed
 
 MAX_HEADER_BYTES = 4 * 2**20  # 400 tensors and a model's entry take 60 kB
 MAX_AXES = 8  # of a tensor; a convolution in 3D has 5
-MAX_LISTED = 5  # names that an error lists
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -35,6 +35,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+METADATA_KEY = "gvsl_zoo"  # under which a file carries its own entry
+WEIGHTS_NAME = "model.safetensors"
 DOWNLOAD_AGAIN = "the file is damaged or is no safetensors file: get it again from its source"
 
 
@@ -54,8 +56,14 @@ class WeightsFile:
 
     path: Path
     size: int
+    header: bytes  # JSON, as it stands in the file
     slots: Mapping[str, TensorSlot]
     metadata: Mapping[str, str]
+
+    @property
+    def data(self) -> bytes:
+        """Everything behind the header, a copy."""
+        return self._bytes[8 + len(self.header) :]
 
     @cached_property
     def _bytes(self) -> mmap.mmap:
@@ -85,7 +93,7 @@ def open_weights(path: Path) -> WeightsFile:
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if size < 10 or length > size - 8:
-                raise WeightsError(f"{path} is not a weights file: {_looks_like(start, size)}", DOWNLOAD_AGAIN)
+                raise WeightsError(f"{path} is not a weights file: {looks_like(start, size)}", DOWNLOAD_AGAIN)
             if length > MAX_HEADER_BYTES:
                 raise WeightsError(f"{path} has a header of {length} bytes, at most {MAX_HEADER_BYTES} are read")
             header = file.read(length)
@@ -109,10 +117,11 @@ def open_weights(path: Path) -> WeightsFile:
         end = slot.end
     if end != size:
         raise WeightsError(f"{path} has {size} bytes, its header tells of {end}", DOWNLOAD_AGAIN)
-    return WeightsFile(path, size, slots, metadata)
+    return WeightsFile(path, size, header, slots, metadata)
 
 
-def _looks_like(start: bytes, size: int) -> str:
+def looks_like(start: bytes, size: int) -> str:
+    """What a file that is no safetensors file seems to be, by its first bytes."""
     known = {
         b"<": "it looks like a web page",
         b"version ": "it is a Git LFS pointer, not the file itself",
@@ -181,12 +190,8 @@ def check_content(file: WeightsFile, sha256: str | None = None) -> str:
 
 
 def seal_folder() -> Path:
-    """Where hashes are remembered: beside the Hub's own cache, following HF_HOME and XDG_CACHE_HOME."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
-    try:
-        return Path(home).expanduser() / "gvsl-zoo" / "seals"
-    except RuntimeError:  # no home at all: nothing can be remembered
-        return Path(os.devnull) / "seals"
+    """Where hashes are remembered."""
+    return own_folder() / "seals"
 
 
 def _remembered(note: Path, current: _Seal) -> str | None:
@@ -218,9 +223,8 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> Non
         elif tensors[name].dtype == torch.float64 and not tensors[name].float().isfinite().all():
             wrong.append(f"{name} holds numbers beyond float32")
     if wrong:
-        more = f" and {len(wrong) - MAX_LISTED} more" if len(wrong) > MAX_LISTED else ""
         raise WeightsError(
-            f"{origin} does not fit {type(module).__name__}: {'; '.join(sorted(wrong)[:MAX_LISTED])}{more}",
+            f"{origin} does not fit {type(module).__name__}: {listed(sorted(wrong), '; ')}",
             "the weights belong to another architecture, width or task",
         )
     module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
