@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .conversion import ConversionReport as ConversionReport
+    from .conversion import convert as convert
     from .errors import ArgumentError as ArgumentError
     from .errors import GvslZooError as GvslZooError
     from .errors import RegistryError as RegistryError
@@ -21,15 +23,18 @@ if TYPE_CHECKING:
     from .volume import Volume as Volume
     from .volume import read_volume as read_volume
     from .volume import write_volume as write_volume
+    from .zoo import from_pretrained as from_pretrained
     from .zoo import load as load
+    from .zoo import push_to_hub as push_to_hub
     from .zoo import save_pretrained as save_pretrained
 
 _HOMES = {
+    "conversion": ("ConversionReport", "convert"),
     "errors": ("ArgumentError", "GvslZooError", "RegistryError", "SourceError", "VolumeError", "WeightsError"),
     "inference.features": ("features", "pooled_features"),
     "registry": ("ModelEntry", "list_models", "model_info", "register_registry"),
     "volume": ("Volume", "read_volume", "write_volume"),
-    "zoo": ("load", "save_pretrained"),
+    "zoo": ("from_pretrained", "load", "push_to_hub", "save_pretrained"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted([*_HOME_OF, "__version__"])

@@ -453,9 +453,21 @@ _added: dict[str, ModelEntry] = {}
 def _entries() -> dict[str, ModelEntry]:
     """Ours, then those of GVSL_ZOO_REGISTRY, then those of register_registry()."""
     entries = dict(_read(_own_path()))
-    for path in filter(None, os.environ.get("GVSL_ZOO_REGISTRY", "").split(os.pathsep)):
-        _add(entries, _read(_full(path)), path)
+    for path in _named_by_environment():
+        if not path.is_dir():
+            _add(entries, _read(path), path)
+        elif (inside := path / FILE_NAME).exists():
+            _add(entries, _read(inside), inside)
     return _add(entries, _added, "register_registry()")
+
+
+def _named_by_environment() -> list[Path]:
+    return [_full(path) for path in os.environ.get("GVSL_ZOO_REGISTRY", "").split(os.pathsep) if path]
+
+
+def mirrors() -> list[Path]:
+    """Folders that GVSL_ZOO_REGISTRY names: each may hold bundles, NAME.safetensors, and a registry of its own."""
+    return [path for path in _named_by_environment() if path.is_dir()]
 
 
 def _full(path: str | Path) -> Path:

@@ -8,25 +8,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import hub
-from .errors import ArgumentError, WeightsError
+from . import __version__, cache, hub, sources
+from .card import card_files
+from .errors import ArgumentError, SourceError, WeightsError, listed
 from .models.backbone import Backbone, FeatureList
 from .models.gvsl import GVSL
 from .models.heads import ClassificationModel, HeadedModel, SegmentationModel
 from .models.unet import UNet
 from .registry import TASKS, ModelEntry, model_info
+from .sources import Access
 from .volume import Preprocessing, Volume, prepare, read_volume
-from .weights import MAX_LISTED, WeightsFile, assign, check_content, open_weights, write_weights
+from .weights import (
+    METADATA_KEY,
+    WEIGHTS_NAME,
+    WeightsFile,
+    assign,
+    open_weights,
+    write_weights,
+    write_whole,
+)
 
 HEADED: dict[str, type[HeadedModel]] = {"segmentation": SegmentationModel, "classification": ClassificationModel}
 WHOLE_MODULE = "unet."  # prefix of the backbone's tensors in a file that holds the pre-training heads too
-METADATA_KEY = "gvsl_zoo"  # under which a file carries its own entry
-WEIGHTS_NAME = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,7 @@ class LoadReport:
         if self.unused:
             text += f", {len(self.unused)} of the file not needed"
         if self.fresh:
-            more = ", ..." if len(self.fresh) > MAX_LISTED else ""
-            text += f", drawn at random: {', '.join(self.fresh[:MAX_LISTED])}{more}"
+            text += f", drawn at random: {listed(self.fresh)}"
         return text
 
 
@@ -67,12 +75,16 @@ def load(
     frozen: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
 ) -> nn.Module:
     """Load a model, in evaluation mode.
 
     Args:
-        name: a name of the registry (see `list_models`), or the path of a `.safetensors` file or of a folder with
-            `model.safetensors`, as `save_pretrained` writes them.
+        name: a name of the registry (see `list_models`); `hf-hub:org/repo` or `hf-hub:org/repo@revision`; or the path
+            of a `.safetensors` file or of a folder with `model.safetensors`, as `save_pretrained` writes them.
         task: "backbone" (dense features), "segmentation" or "classification" (a fresh head for `num_classes`),
             "registration" or "pretraining" (the whole module with all its heads).
         in_chans: image channels; other than 1, the first convolution is spread over them so that copies of one
@@ -82,6 +94,10 @@ def load(
         frozen: no gradient to the backbone, which stays in evaluation mode through `train()`.
         device: where the parameters lie: "cpu", "cuda", "cuda:1", "mps", or "auto" for the best there is.
         dtype: of the parameters; default float32.
+        revision: commit, branch or tag of an `hf-hub:` name; default main. The registry's names have their own.
+        cache_dir: a Hub cache of one's own; default the Hub's (HF_HOME, HF_HUB_CACHE).
+        local_files_only: no network; so does HF_HUB_OFFLINE=1. What is cached and hashed needs none anyway.
+        token: for private or gated repositories; default the one that the Hub's client knows (HF_TOKEN, hf auth login).
 
     Returns: the module, with `entry`, `preprocessing`, `preprocess(path_or_volume)`, `load_report`, `cite()`.
     Raises: RegistryError for an unknown name, SourceError for bytes that cannot be had, WeightsError for bytes that
@@ -91,9 +107,7 @@ def load(
     if dtype is not None and not dtype.is_floating_point:
         raise ArgumentError(f"dtype {dtype}", "parameters are floating-point numbers: float32, float16 or bfloat16")
     device = resolve_device(device)
-    entry, file, sha256 = _find(name, pretrained)
-    _check_task(entry, task)
-
+    entry, file, sha256 = _find(name, task, pretrained, revision, Access(cache_dir, local_files_only, token))
     features = tuple(map(int, out_indices if out_indices is not None else ())) if features_only else None
     chans = entry.config.get("in_chans", 1) if in_chans is None else in_chans
     building = "meta" if pretrained else None
@@ -149,23 +163,37 @@ def _check_task(entry: ModelEntry, task: str) -> None:
         )
 
 
-def _find(name: str | os.PathLike[str], pretrained: bool) -> tuple[ModelEntry, WeightsFile | None, str | None]:
-    """The entry, its opened and checked file, and the file's sha256."""
+def _find(
+    name: str | os.PathLike[str], task: str, pretrained: bool, revision: str | None, access: Access
+) -> tuple[ModelEntry, WeightsFile | None, str | None]:
+    """The entry, which serves the task, its opened and checked file, and the file's sha256."""
     text = os.fspath(name)
-    if not isinstance(name, str) or hub.is_path(text):
-        path = Path(text)
-        file = open_weights(path / WEIGHTS_NAME if path.is_dir() else path)
-        entry = _own_entry(file)
-        return (entry, file, check_content(file)) if pretrained else (entry, None, None)
+    on_hub = isinstance(name, str) and text.startswith(hub.PREFIX)
+    if revision is not None and not on_hub:
+        raise ArgumentError(f"{text!r} with revision={revision!r}", f"revisions belong to {hub.PREFIX}org/repo names")
+    if on_hub or not isinstance(name, str) or sources.is_path(text):
+        if on_hub:
+            file, sha256 = sources.from_hub_name(text, revision, access)
+        else:
+            file, sha256 = sources.open_path(Path(text))
+        entry = entry_of(file)
+        _check_task(entry, task)
+        return (entry, file, sha256) if pretrained else (entry, None, None)
     entry = model_info(text)
+    if not pretrained or entry.status != "upstream":
+        _check_task(entry, task)
     if not pretrained:
         return entry, None, None
-    path, expected = hub.locate(entry)
-    file = open_weights(path)
-    return entry, file, check_content(file, expected)
+    file, sha256 = sources.locate(entry, access)
+    if entry.status == "upstream":  # which heads the authors' file holds is known once it has been read
+        own = entry_of(file)
+        entry = replace(entry, heads=own.heads, parameters=own.parameters, config=own.config)
+        _check_task(entry, task)
+    return entry, file, sha256
 
 
-def _own_entry(file: WeightsFile) -> ModelEntry:
+def entry_of(file: WeightsFile) -> ModelEntry:
+    """The entry that a file carries; WeightsError for one without."""
     text = file.metadata.get(METADATA_KEY)
     if text is None:
         raise WeightsError(
@@ -250,6 +278,19 @@ def _fill(model: nn.Module, file: WeightsFile, sha256: str | None) -> LoadReport
     return LoadReport(str(file.path), sha256, len(tensors), unused, fresh, ", ".join(stored))
 
 
+def check_fit(entry: ModelEntry, file: WeightsFile) -> LoadReport:
+    """Whether a file's tensors are exactly those of the largest module that the entry serves.
+
+    Raises: WeightsError listing what is missing, left over or misshapen.
+    """
+    return _fill(build(entry, widest_task(entry), device="meta"), file, None)
+
+
+def widest_task(entry: ModelEntry) -> str:
+    """The task whose module holds most of an entry's tensors."""
+    return "pretraining" if "pretraining" in entry.tasks and entry.objective == "gvsl" else "backbone"
+
+
 def _spread_channels(tensors: dict[str, Tensor], backbone: Backbone, prefix: str) -> None:
     """Divide the weights of a one-channel input among `in_chans` channels."""
     name = prefix + backbone.input_weight
@@ -280,6 +321,8 @@ def _dress(model: nn.Module, entry: ModelEntry, report: LoadReport) -> nn.Module
         "preprocessing": recipe,
         "preprocess": partial(_preprocess, recipe, _backbone(model).in_chans),
         "cite": partial(str, entry.citation),
+        "save_pretrained": partial(save_pretrained, model),
+        "push_to_hub": partial(push_to_hub, model),
     }
     for name, value in extras.items():
         setattr(model, name, value)
@@ -294,6 +337,9 @@ def _preprocess(recipe: Preprocessing | None, in_chans: int, volume: Volume | st
     return image.expand(-1, in_chans, *image.shape[2:])
 
 
+# --- Out again ------------------------------------------------------------------------------------------------------
+
+
 def save_pretrained(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -301,25 +347,34 @@ def save_pretrained(
     entry: ModelEntry | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write a backbone or a whole module as `model.safetensors`, its entry inside, so that `load(folder)` opens it.
+    """Write a backbone or a whole module as a folder that `load` opens and the Hub understands.
+
+    `model.safetensors` with its entry inside, `config.json`, `preprocessor_config.json`, the card as `README.md`, and
+    `LICENSE`. Where the weights are no longer those that were loaded, the entry says so and drops what was measured.
 
     Args:
         entry: default the one that the model was loaded with.
         dtype: of the stored tensors; float16 halves the file.
 
-    Returns: the path of the file, written whole or not at all.
+    Returns: the path of the weights, written whole or not at all.
     """
-    entry = entry or getattr(model, "entry", None)
+    return _save(model, Path(folder), entry, dtype, None)[0]
+
+
+def _save(
+    model: nn.Module, folder: Path, entry: ModelEntry | None, dtype: torch.dtype, repo: str | None
+) -> tuple[Path, ModelEntry]:
+    given, entry = entry, entry or getattr(model, "entry", None)
     if entry is None or not isinstance(model, Backbone | GVSL):
         raise ArgumentError(
             f"a {type(model).__name__} {'without an entry ' if entry is None else ''}cannot be saved",
             "save a backbone or a whole module, with entry=",
         )
-    path = Path(folder) / WEIGHTS_NAME
+    path = folder / WEIGHTS_NAME
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise WeightsError(f"cannot make the folder {path.parent}: {error.strerror}", "choose another") from None
+        raise WeightsError(f"cannot make the folder {folder}: {error.strerror}", "choose another") from None
     tensors: Mapping[str, Tensor] = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
@@ -327,5 +382,99 @@ def save_pretrained(
     chans = _backbone(model).in_chans
     if chans != entry.config.get("in_chans", 1):
         entry = replace(entry, config=entry.config | {"in_chans": chans})
+    if given is None and not _as_loaded(model):
+        entry = _changed(entry)
+    if isinstance(model, Backbone):
+        entry = replace(entry, heads=())
+    entry = replace(entry, parameters=sum(tensor.numel() for tensor in tensors.values()))
+    for name, text in card_files(entry, repo).items():
+        write_whole(folder / name, text.encode())
     write_weights(tensors, path, {"format": "pt", METADATA_KEY: json.dumps(entry.to_dict())})
-    return path
+    return path, entry
+
+
+def _as_loaded(model: nn.Module) -> bool:
+    """Whether the tensors are those of the file that the model was loaded from."""
+    report = getattr(model, "load_report", None)
+    try:
+        file = open_weights(Path(report.origin)) if report and report.sha256 else None
+    except WeightsError:  # it went away or changed since
+        return False
+    if file is None:
+        return False
+    names = {name.removeprefix(WHOLE_MODULE): name for name in file.slots}
+    return all(
+        (own := names.get(name.removeprefix(WHOLE_MODULE))) is not None
+        and file.slots[own].shape == tuple(tensor.shape)
+        and torch.equal(file.tensor(own).to(tensor.dtype), tensor.cpu())
+        for name, tensor in model.state_dict().items()
+    )
+
+
+def _changed(entry: ModelEntry) -> ModelEntry:
+    note = f"These weights are not those of {entry.name}, from which they were made; nothing has been measured on them."
+    limits = entry.limits if entry.limits and note in entry.limits else f"{note} {entry.limits or ''}".strip()
+    return replace(entry, sources=(), evaluation=(), proof=None, limits=limits)
+
+
+def from_pretrained(name: str | os.PathLike[str], **settings: Any) -> nn.Module:
+    """`load` under the Hub's name: a folder that `save_pretrained` wrote, or `org/repo` on the Hub.
+
+    Args:
+        settings: those of `load`.
+    """
+    on_hub = isinstance(name, str) and not name.startswith(hub.PREFIX) and not Path(name).exists()
+    return load(hub.PREFIX + name if on_hub else name, **settings)  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """What was pushed. `registry_lines` are the source to write into a registry: pinned, with its hash."""
+
+    repo: str
+    revision: str
+    sha256: str
+    bytes: int
+
+    @property
+    def registry_lines(self) -> str:
+        return (
+            f"- kind: hub\n  repo: {self.repo}\n  file: {WEIGHTS_NAME}\n  revision: {self.revision}\n"
+            f"  bytes: {self.bytes}\n  sha256: {self.sha256}"
+        )
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool = False,
+    branch: str | None = None,
+    commit_message: str | None = None,
+    entry: ModelEntry | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> PushReport:
+    """Put what `save_pretrained` writes into a repository of the Hub, in one commit.
+
+    Args:
+        repo_id: org/repo; made if it does not exist.
+        token: with the right to write; default the one that the Hub's client knows.
+        branch: default main; made if it does not exist.
+
+    Raises: ArgumentError for weights whose licence does not allow it, SourceError for what goes wrong on the way.
+    """
+    wanted = hub.parse_name(repo_id, WEIGHTS_NAME, branch)
+    known = entry or getattr(model, "entry", None)
+    if known is not None and known.status == "upstream":
+        raise ArgumentError(
+            f"{known.name} is its authors' and not for us to publish ({known.licence.weights})",
+            "carry it as a bundle (gvsl-zoo export), or publish with the authors' leave and an entry of your own",
+        )
+    if cache.offline():
+        raise SourceError("the network is not allowed (HF_HUB_OFFLINE)", "push from where it is")
+    with TemporaryDirectory() as folder:
+        path, known = _save(model, Path(folder), entry, dtype, wanted.repo)
+        message = commit_message or f"{known.name}, saved by gvsl-zoo {__version__}"
+        commit = hub.push(Path(folder), wanted.repo, token=token, private=private, branch=branch, message=message)
+        return PushReport(wanted.repo, commit, cache.sha256_of(path), path.stat().st_size)

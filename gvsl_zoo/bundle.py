@@ -1,0 +1,72 @@
+"""Bundles: one model as one file for machines without network.
+
+A bundle is a safetensors file with the model's entry and card in its metadata, so that `load(path)` opens it as it is.
+It also keeps the header of the file that it was made from: header and data together are that very file, byte for byte,
+and have the hash that the registry knows.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import WeightsError
+from .registry import ModelEntry
+from .weights import METADATA_KEY, WeightsFile, write_whole
+
+CARD_KEY, ORIGINAL_KEY, RECORD_KEY = "gvsl_zoo_card", "gvsl_zoo_original", "gvsl_zoo_record"
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a bundle holds.
+
+    Args:
+        name: of the model.
+        original: header of the file that the bundle was made from; data: its tensors.
+        record: for an authors' checkpoint, the file that it was converted from.
+    """
+
+    name: str
+    original: bytes
+    data: bytes
+    record: dict[str, Any] | None
+
+    @property
+    def file(self) -> bytes:
+        """The original file."""
+        return len(self.original).to_bytes(8, "little") + self.original + self.data
+
+
+def write(path: Path, file: WeightsFile, entry: ModelEntry, card: str, record: dict[str, Any] | None = None) -> None:
+    """Write the weights of `file` as a bundle, whole or not at all."""
+    metadata = {
+        "format": "pt",
+        METADATA_KEY: json.dumps(entry.to_dict()),
+        CARD_KEY: card,
+        ORIGINAL_KEY: file.header.decode(),
+    }
+    if record:
+        metadata[RECORD_KEY] = json.dumps(record)
+    table = json.loads(file.header)
+    table["__metadata__"] = dict(sorted(metadata.items()))
+    header = json.dumps(table, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    write_whole(path, len(header).to_bytes(8, "little") + header + file.data)
+
+
+def read(file: WeightsFile) -> Content:
+    """The content of an opened bundle.
+
+    Raises: WeightsError for a file that is no bundle.
+    """
+    try:
+        record = file.metadata.get(RECORD_KEY)
+        entry = json.loads(file.metadata[METADATA_KEY])
+        original = file.metadata[ORIGINAL_KEY].encode()
+        return Content(str(entry["name"]), original, file.data, json.loads(record) if record else None)
+    except (KeyError, ValueError, TypeError, RecursionError):
+        remedy = "make one with gvsl-zoo export; load(path) opens any other weights file"
+        raise WeightsError(f"{file.path} is no bundle", remedy) from None

@@ -1,0 +1,140 @@
+"""Model cards: a registry entry as the files that lie beside its weights on the Hub or in a folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.metadata import PackageNotFoundError, distribution
+
+from . import __version__
+from .registry import Evaluation, ModelEntry
+
+LIBRARY = "gvsl-zoo"
+TASK_TYPES = {"segmentation": "image-segmentation", "classification": "image-classification"}  # the Hub's names
+
+
+def card_files(entry: ModelEntry, repo: str | None = None) -> dict[str, str]:
+    """README.md (the card), config.json, preprocessor_config.json and LICENSE, by their names.
+
+    Args:
+        repo: the repository on the Hub for which they are made, to tell how to load it from there.
+    """
+    config = {"library_name": LIBRARY, "library_version": __version__, "entry": entry.to_dict()}
+    return {
+        "README.md": model_card(entry, repo),
+        "config.json": json.dumps(config, indent=2) + "\n",
+        "preprocessor_config.json": json.dumps(entry.to_dict()["input"], indent=2) + "\n",
+        "LICENSE": licence_text(entry),
+    }
+
+
+def licence_text(entry: ModelEntry) -> str:
+    """The Apache licence where the weights have it, otherwise what is known of their terms."""
+    if entry.licence.weights == "Apache-2.0":
+        try:
+            text = distribution(LIBRARY).read_text("licenses/LICENSE")
+        except PackageNotFoundError:
+            text = None
+        if text:
+            return text
+    terms = entry.licence
+    return f"Weights: {terms.weights}\nCode: {terms.code}\nTraining data: {terms.data}\n"
+
+
+def model_card(entry: ModelEntry, repo: str | None = None) -> str:
+    """The card in Markdown, with the Hub's metadata in front."""
+    sections = [
+        f"# {entry.name}\n\n{entry.summary}",
+        f"Research use only: not a medical device.\n\n{_usage(entry, repo)}",
+        f"## Input\n\n{_input(entry)}",
+        f"## Model\n\n{_model(entry)}",
+        f"## Training\n\n{_training(entry)}",
+        f"## Evaluation\n\n{_evaluation(entry)}",
+        f"## Limits\n\n{entry.limits or 'None stated.'}",
+        f"## Licence\n\n{_licence(entry)}",
+        f"## Citation\n\n{entry.citation}",
+    ]
+    return f"---\n{_metadata(entry)}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _metadata(entry: ModelEntry) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    open_licence = re.fullmatch(r"[A-Za-z0-9.-]+", entry.licence.weights) is not None
+    results = [
+        EvalResult(
+            task_type=TASK_TYPES.get(e.task, e.task),
+            dataset_type=re.sub("[^a-z0-9]+", "-", e.data.lower()).strip("-"),
+            dataset_name=e.data,
+            metric_type=re.sub("[^a-z0-9]+", "-", e.metric.lower()).strip("-"),
+            metric_name=e.metric,
+            metric_value=e.value,
+        )
+        for e in entry.evaluation
+        if e.command  # what the papers say is no measurement of these bytes
+    ]
+    data = ModelCardData(
+        license=entry.licence.weights.lower() if open_licence else "other",
+        license_name=None if open_licence else "see-LICENSE",
+        library_name=LIBRARY,
+        pipeline_tag="image-feature-extraction",
+        tags=["medical-imaging", f"{entry.ndim}d", entry.modality, entry.objective, entry.architecture],
+        model_name=entry.name if results else None,
+        eval_results=results or None,
+    )
+    return data.to_yaml().rstrip()
+
+
+def _usage(entry: ModelEntry, repo: str | None) -> str:
+    source = f"hf-hub:{repo}" if repo else "path/to/this/folder"
+    tensor = "(B, 1, D, H, W)" if entry.ndim == 3 else "(B, 1, H, W)"
+    taken = 'net.preprocess("scan.nii.gz")' if entry.ndim == 3 else f"image  # {tensor}, in [0, 1]"
+    return f'```python\nfrom gvsl_zoo import load\n\nnet = load("{source}")\nfeatures = net({taken})\n```'
+
+
+def _input(entry: ModelEntry) -> str:
+    given, unit = entry.input, entry.input.intensity
+    rows = [f"- axes: {given.axes}" + (f", orientation {given.orientation}" if given.orientation else "")]
+    if given.spacing_mm:
+        rows.append(f"- spacing: {' x '.join(f'{mm:g}' for mm in given.spacing_mm)} mm")
+    if given.size:
+        rows.append(f"- size: {' x '.join(map(str, given.size))}")
+    low, high = ("the image's own extreme" if end is None else f"{end:g}" for end in unit.window)
+    rows.append(
+        f"- intensity: {unit.unit}, clipped to {low} .. {high}, mapped to {unit.scale[0]:g} .. {unit.scale[1]:g}"
+    )
+    return "\n".join(rows)
+
+
+def _model(entry: ModelEntry) -> str:
+    config = ", ".join(f"{key} {value}" for key, value in entry.config.items())
+    return (
+        f"{entry.architecture}, {entry.ndim}D ({config}), {entry.parameters / 1e6:.1f} M parameters; objective "
+        f"{entry.objective}; heads: {', '.join(entry.heads) or 'none'}; serves {', '.join(entry.tasks)}."
+    )
+
+
+def _training(entry: ModelEntry) -> str:
+    if entry.training is None:
+        return "Not stated."
+    known = entry.training
+    text = f"{known.recipe}; {known.data}; {known.steps} steps"
+    return f"{text} in {known.seconds:.0f} s on {known.hardware}." if known.seconds and known.hardware else f"{text}."
+
+
+def _evaluation(entry: ModelEntry) -> str:
+    if not entry.evaluation:
+        return "Nothing has been measured."
+    rows = ["| task | data | metric | value | scratch | seeds | measured by |", "|---|---|---|---|---|---|---|"]
+    return "\n".join(rows + [_row(e) for e in entry.evaluation])
+
+
+def _row(e: Evaluation) -> str:
+    scratch = "" if e.scratch is None else f"{e.scratch:g}"
+    source = f"`{e.command}`" if e.command else "the paper"
+    cells = (e.task, e.data, e.metric, f"{e.value:g}", scratch, ", ".join(map(str, e.seeds)), source)
+    return f"| {' | '.join(cells)} |"
+
+
+def _licence(entry: ModelEntry) -> str:
+    return f"- weights: {entry.licence.weights}\n- code: {entry.licence.code}\n- data: {entry.licence.data}"

@@ -1,0 +1,361 @@
+"""Where a model's bytes come from, in this order: embedded, a file, our cache, a mirror, the Hub, Google Drive.
+
+What comes from anywhere is checked before it is used: against the registry's hash, or for an authors' file without one
+tensor by tensor (conversion.py) and against the hash that was seen first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import bundle, cache, hub
+from .card import model_card
+from .conversion import convert
+from .download import SPARE_BYTES
+from .errors import ArgumentError, GvslZooError, SourceError, WeightsError
+from .registry import ModelEntry, Source, mirrors, model_info
+from .weights import WEIGHTS_NAME, WeightsFile, check_content, open_weights, write_whole
+
+EMBEDDED = Path(__file__).parent / "embedded"
+RECORD = "record.json"  # beside a converted checkpoint: the file that it came from
+
+
+class SourceNotice(UserWarning):
+    """Something to know of where a model came from: its licence, or that a first choice failed."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """How sources may be reached.
+
+    Args:
+        cache_dir: a Hub cache of one's own; default the Hub's.
+        local_files_only: no network.
+        token: for private or gated repositories; default the one that the Hub's client knows.
+    """
+
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+    token: str | bool | None = None
+
+    @property
+    def offline(self) -> bool:
+        return self.local_files_only or cache.offline()
+
+
+ANYWHERE = Access()
+
+
+class Found(NamedTuple):
+    """An opened, checked file, and its sha256."""
+
+    file: WeightsFile
+    sha256: str
+
+
+def is_path(name: str) -> bool:
+    """Whether a model is named by its file or folder: it ends in .safetensors, or has a separator."""
+    if name.startswith(hub.PREFIX):
+        return False
+    return name.endswith(".safetensors") or "/" in name or os.sep in name or name in (".", "..")
+
+
+def open_path(path: Path) -> Found:
+    """The checked file of a path, or of the `model.safetensors` in a folder."""
+    return _checked(path / WEIGHTS_NAME if path.is_dir() else path, None)
+
+
+def locate(entry: ModelEntry, access: Access = ANYWHERE) -> Found:
+    """The checked weights of a registry entry.
+
+    Raises: SourceError that names every source tried; with a single source, that source's own error.
+    """
+    if entry.status == "planned":
+        raise SourceError(f"{entry.name} is planned: {entry.summary.rstrip('.')}", _instead(entry))
+    failures: list[tuple[str, GvslZooError]] = []
+    for where, get in candidates(entry, access):
+        try:
+            found = get()
+        except (SourceError, WeightsError) as error:
+            failures.append((where, error))
+            continue
+        if failures:
+            causes = "; ".join(f"{failed}: {error.cause}" for failed, error in failures)
+            warnings.warn(f"{entry.name} came from {where} ({causes})", SourceNotice, stacklevel=3)
+        return found
+    if len(failures) == 1 and isinstance(failures[0][1], WeightsError):
+        raise failures[0][1]
+    causes = "; ".join(f"{where}: {error.cause}" for where, error in failures)
+    remedies = dict.fromkeys(error.remedy for _, error in failures if error.remedy)
+    if entry.instead:
+        remedies[_instead(entry)] = None
+    raise SourceError(f"{entry.name} could not be had ({causes})", "; ".join(remedies))
+
+
+def candidates(entry: ModelEntry, access: Access) -> Iterator[tuple[str, Callable[[], Found]]]:
+    """Every place that may have the weights, with the way to get them; remote ones last."""
+    pinned = [source.sha256 for source in entry.sources if source.sha256]
+    for source in entry.sources:
+        if source.kind in ("embedded", "file"):
+            path = EMBEDDED / str(source.file) if source.kind == "embedded" else Path(str(source.path))
+            yield source.kind, lambda path=path, sha=source.sha256: _on_disk(path, sha)  # type: ignore[misc]
+    for sha256 in pinned:
+        if (path := cache.stored_path(sha256, access.cache_dir)).is_file():
+            yield "cache", lambda path=path, sha=sha256: _checked(path, sha)  # type: ignore[misc]
+    for folder in mirrors():
+        if (path := folder / f"{entry.name}.safetensors").is_file():
+            yield f"mirror {folder}", lambda path=path: import_bundle(path, access.cache_dir, entry.name)[1]  # type: ignore[misc]
+    for kind, where, get in (("hub", hub.WHERE, _from_hub), ("gdrive", "Google Drive", _from_drive)):
+        for source in entry.sources:
+            if source.kind == kind:
+                yield where, lambda get=get, source=source: get(entry, source, access)  # type: ignore[misc]
+
+
+def _instead(entry: ModelEntry) -> str:
+    if not entry.instead:
+        return "see gvsl_zoo.list_models(available=True)"
+    return f"the nearest is {entry.instead!r} ({model_info(entry.instead).status})"
+
+
+def _on_disk(path: Path, sha256: str) -> Found:
+    if not path.is_file():
+        raise SourceError(f"there is no file {path}", "bring it back, or correct the registry")
+    return _checked(path, sha256)
+
+
+def _checked(path: Path, sha256: str | None) -> Found:
+    file = open_weights(path)
+    return Found(file, check_content(file, sha256))
+
+
+# --- The Hub ------------------------------------------------------------------------------------------------------
+
+
+def from_hub_name(name: str, revision: str | None, access: Access) -> Found:
+    """The checked `model.safetensors` of `hf-hub:org/repo@revision`.
+
+    A branch or tag is asked for anew each time; without an answer its cached state is used, and a notice says so.
+    """
+    wanted = hub.parse_name(name, WEIGHTS_NAME, revision)
+    path = hub.cached(wanted, access.cache_dir)
+    if path is not None and (access.offline or hub.COMMIT.fullmatch(wanted.revision)):
+        return _from_blob(path)
+    if access.offline:
+        raise SourceError(f"{wanted} is not in the cache, and the network is not allowed", OFFLINE)
+    try:
+        path = hub.fetch(wanted, _from_blob, cache_dir=access.cache_dir, token=access.token)
+    except SourceError as error:
+        if path is None:
+            raise
+        warnings.warn(f"{wanted}: the cached state is used ({error.cause})", SourceNotice, stacklevel=4)
+    return _from_blob(path)
+
+
+OFFLINE = "allow it (local_files_only, HF_HUB_OFFLINE), or bring a bundle: gvsl-zoo export there, import here"
+
+
+def _from_blob(path: Path) -> Found:
+    return _checked(path, hub.announced_sha256(path))
+
+
+def _from_hub(entry: ModelEntry, source: Source, access: Access) -> Found:
+    wanted = hub.HubFile(str(source.repo), str(source.file), str(source.revision))
+
+    def check(path: Path) -> Found:
+        return _checked(path, source.sha256)
+
+    path = hub.cached(wanted, access.cache_dir)
+    if path is None and access.offline:
+        raise SourceError(f"{wanted} is not in the cache, and the network is not allowed", OFFLINE)
+    if path is None or not access.offline:
+        try:
+            return check(path) if path else _fetch_from_hub(wanted, check, source, access)
+        except WeightsError:  # the cached file is damaged
+            return _fetch_from_hub(wanted, check, source, access)
+    return check(path)
+
+
+def _fetch_from_hub(wanted: hub.HubFile, check: Callable[[Path], Found], source: Source, access: Access) -> Found:
+    path = hub.fetch(wanted, check, most_bytes=source.bytes, cache_dir=access.cache_dir, token=access.token)
+    return check(path)
+
+
+# --- The authors' own files -----------------------------------------------------------------------------------------
+
+
+def _from_drive(entry: ModelEntry, source: Source, access: Access) -> Found:
+    folder = cache.upstream_folder(entry.name, access.cache_dir)
+    if found := _converted(folder):
+        return found
+    checkpoint = folder / str(source.file)
+    if access.offline and not checkpoint.is_file():
+        if (folder / WEIGHTS_NAME).exists():
+            raise WeightsError(f"{folder / WEIGHTS_NAME} is damaged, and the network is not allowed", OFFLINE)
+        raise SourceError(f"{entry.name} is not in the cache, and the network is not allowed", OFFLINE)
+    from . import drive  # late: its import opens a socket (urllib3 tries IPv6), which a cached model must not
+
+    with cache.locked(folder):
+        if found := _converted(folder):  # by the process that held the lock
+            return found
+        if not checkpoint.is_file():
+            drive.fetch(str(source.id), checkpoint, int(source.bytes or 0) + SPARE_BYTES)
+        try:
+            found = _convert_upstream(entry, source, checkpoint, folder)
+        except WeightsError:
+            checkpoint.unlink(missing_ok=True)
+            raise
+        checkpoint.unlink(missing_ok=True)
+    warnings.warn(f"{entry.name}: {source_notice(entry)}", SourceNotice, stacklevel=5)
+    return found
+
+
+def source_notice(entry: ModelEntry) -> str:
+    """Whose file it is and under which terms, for the moment when it arrives."""
+    return f"the authors' own file, not ours. Licence of the weights: {entry.licence.weights}. Cite: {entry.citation}"
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """The record of a converted checkpoint; empty where there is none that can be read."""
+    try:
+        record = json.loads((folder / RECORD).read_bytes())
+        return record if isinstance(record, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def _converted(folder: Path) -> Found | None:
+    """The converted checkpoint of a folder, if it is there and is what its record says."""
+    try:
+        return _checked(folder / WEIGHTS_NAME, str(_record(folder).get("safetensors")))
+    except WeightsError:
+        return None
+
+
+def _check_first_seen(entry: ModelEntry, sha256: str, folder: Path) -> None:
+    first = _record(folder)
+    if first.get("sha256", sha256) != sha256:
+        raise WeightsError(
+            f"the file of {entry.name} has sha256 {sha256}; the one seen first ({first.get('first_seen')}) had "
+            f"{first['sha256']}",
+            f"ask its authors; to accept the new file, run gvsl-zoo cache remove {entry.name}",
+        )
+
+
+def _convert_upstream(entry: ModelEntry, source: Source, checkpoint: Path, folder: Path) -> Found:
+    """Convert the authors' file, unless it is another than the one expected or seen first; the folder is locked."""
+    sha256 = cache.sha256_of(checkpoint)
+    if source.sha256 not in (None, sha256):
+        raise WeightsError(f"{checkpoint} has sha256 {sha256}, expected {source.sha256}", "download it again")
+    _check_first_seen(entry, sha256, folder)
+    report = convert(checkpoint, folder / WEIGHTS_NAME, name=entry.name, overwrite=True)
+    record = {
+        "sha256": sha256,
+        "bytes": checkpoint.stat().st_size,
+        "first_seen": _record(folder).get("first_seen", time.strftime("%Y-%m-%d")),
+        "safetensors": report.sha256,
+    }
+    write_whole(folder / RECORD, json.dumps(record, indent=2).encode())
+    return _checked(folder / WEIGHTS_NAME, report.sha256)
+
+
+# --- By hand ----------------------------------------------------------------------------------------------------------
+
+
+def adopt(entry: ModelEntry, path: Path, access: Access = ANYWHERE) -> Found:
+    """Take a file that was downloaded by hand (browser, Baidu) as the weights of an entry.
+
+    A checkpoint of the authors (.pth) is converted; a safetensors file must have the registry's hash.
+    """
+    try:
+        with path.open("rb") as file:
+            packed = file.read(4) == b"PK\x03\x04"
+    except (OSError, ValueError) as error:
+        cause = f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise WeightsError(cause, "check the path and its permissions") from None
+    if packed:
+        upstream = [source for source in entry.sources if source.kind == "gdrive"]
+        if not upstream:
+            raise ArgumentError(f"{entry.name} has no checkpoint of its authors", "give its .safetensors file")
+        folder = cache.upstream_folder(entry.name, access.cache_dir)
+        with cache.locked(folder):
+            return _convert_upstream(entry, upstream[0], path, folder)
+    pinned, (_, sha256) = _pinned(entry), _checked(path, None)
+    if sha256 not in pinned:
+        raise WeightsError(f"{path} has sha256 {sha256}; {entry.name} is {_expected(pinned)}", "download it again")
+    return _store(path.read_bytes(), sha256, access.cache_dir)
+
+
+def import_bundle(path: Path, cache_dir: cache.CacheDir = None, name: str | None = None) -> tuple[str, Found]:
+    """Put the weights of a bundle into our cache, where `load` finds them under their registry name.
+
+    Args:
+        name: the model that it must be; default the one that the bundle names.
+
+    Returns: the name, and the stored file.
+    Raises: RegistryError for a name that the registry lacks, WeightsError for other bytes than the registry's.
+    """
+    content = bundle.read(_checked(path, None).file)
+    if name not in (None, content.name):
+        raise WeightsError(f"{path} holds {content.name}, not {name}", "rename it, or export it again")
+    entry = model_info(content.name)
+    sha256, pinned = hashlib.sha256(content.file).hexdigest(), _pinned(entry)
+    if sha256 in pinned:
+        return entry.name, _store(content.file, sha256, cache_dir)
+    if pinned or content.record is None or entry.status != "upstream":
+        raise WeightsError(f"{path} holds sha256 {sha256}; {entry.name} is {_expected(pinned)}", "export it again")
+    folder = cache.upstream_folder(entry.name, cache_dir)
+    with cache.locked(folder):
+        _check_first_seen(entry, str(content.record.get("sha256")), folder)
+        write_whole(folder / WEIGHTS_NAME, content.file)
+        write_whole(folder / RECORD, json.dumps(content.record, indent=2).encode())
+        return entry.name, _checked(folder / WEIGHTS_NAME, sha256)
+
+
+def export_bundle(name: str, output: Path, access: Access = ANYWHERE, *, overwrite: bool = False) -> Path:
+    """Write the weights of a model, with its card, as a bundle.
+
+    Args:
+        name: of the registry.
+        output: a .safetensors file, or a folder: there the file is NAME.safetensors, as a mirror has it.
+
+    Returns: the bundle's path.
+    """
+    entry = model_info(name)
+    path = output / f"{name}.safetensors" if output.is_dir() else output
+    if path.suffix != ".safetensors":
+        raise ArgumentError(f"{output} is no folder and does not end in .safetensors", "give one or the other")
+    if path.exists() and not overwrite:
+        raise ArgumentError(f"{path} exists already", "choose another name, or pass overwrite=True (--overwrite)")
+    if not path.parent.is_dir():
+        raise ArgumentError(f"the folder {path.parent} does not exist", "make it first")
+    file, _ = locate(entry, access)
+    record = _record(cache.upstream_folder(name, access.cache_dir)) if entry.status == "upstream" else None
+    try:
+        bundle.write(path, file, entry, model_card(entry), record)
+    except OSError as error:
+        raise SourceError(f"cannot write {path}: {error.strerror}", "choose another place") from None
+    return path
+
+
+def _pinned(entry: ModelEntry) -> set[str]:
+    """The hashes that a safetensors file of the entry may have."""
+    return {source.sha256 for source in entry.sources if source.sha256 and source.kind != "gdrive"}
+
+
+def _expected(pinned: set[str]) -> str:
+    return " or ".join(sorted(pinned)) or "a checkpoint of its authors (.pth)"
+
+
+def _store(content: bytes, sha256: str, cache_dir: cache.CacheDir) -> Found:
+    path = cache.stored_path(sha256, cache_dir)
+    with cache.locked(path.parent):
+        write_whole(path, content)
+    return _checked(path, sha256)
