@@ -7,14 +7,16 @@ and have the hash that the registry knows.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from .errors import WeightsError
 from .registry import ModelEntry
-from .weights import METADATA_KEY, WeightsFile, write_whole
+from .weights import METADATA_KEY, WeightsFile, header_bytes, write_whole
 
 CARD_KEY, ORIGINAL_KEY, RECORD_KEY = "gvsl_zoo_card", "gvsl_zoo_original", "gvsl_zoo_record"
 
@@ -31,13 +33,21 @@ class Content:
 
     name: str
     original: bytes
-    data: bytes
+    data: memoryview
     record: dict[str, Any] | None
 
     @property
-    def file(self) -> bytes:
+    def parts(self) -> tuple[bytes, bytes, memoryview]:
         """The original file."""
-        return len(self.original).to_bytes(8, "little") + self.original + self.data
+        return len(self.original).to_bytes(8, "little"), self.original, self.data
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the original file."""
+        digest = hashlib.sha256()
+        for part in self.parts:
+            digest.update(part)
+        return digest.hexdigest()
 
 
 def write(path: Path, file: WeightsFile, entry: ModelEntry, card: str, record: dict[str, Any] | None = None) -> None:
@@ -51,10 +61,8 @@ def write(path: Path, file: WeightsFile, entry: ModelEntry, card: str, record: d
     if record:
         metadata[RECORD_KEY] = json.dumps(record)
     table = json.loads(file.header)
-    table["__metadata__"] = dict(sorted(metadata.items()))
-    header = json.dumps(table, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    write_whole(path, len(header).to_bytes(8, "little") + header + file.data)
+    table.pop("__metadata__", None)
+    write_whole(path, header_bytes(table, metadata), file.data)
 
 
 def read(file: WeightsFile) -> Content:

@@ -6,12 +6,11 @@ tensor by tensor (conversion.py) and against the hash that was seen first.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -290,7 +289,7 @@ def adopt(entry: ModelEntry, path: Path, access: Access = ANYWHERE) -> Found:
     pinned, (_, sha256) = _pinned(entry), _checked(path, None)
     if sha256 not in pinned:
         raise WeightsError(f"{path} has sha256 {sha256}; {entry.name} is {_expected(pinned)}", "download it again")
-    return _store(path.read_bytes(), sha256, access.cache_dir)
+    return _store(sha256, [path.read_bytes()], access.cache_dir)
 
 
 def import_bundle(path: Path, cache_dir: cache.CacheDir = None, name: str | None = None) -> tuple[str, Found]:
@@ -306,17 +305,18 @@ def import_bundle(path: Path, cache_dir: cache.CacheDir = None, name: str | None
     if name not in (None, content.name):
         raise WeightsError(f"{path} holds {content.name}, not {name}", "rename it, or export it again")
     entry = model_info(content.name)
-    sha256, pinned = hashlib.sha256(content.file).hexdigest(), _pinned(entry)
-    if sha256 in pinned:
-        return entry.name, _store(content.file, sha256, cache_dir)
+    pinned = _pinned(entry)
+    if content.sha256 in pinned:
+        return entry.name, _store(content.sha256, content.parts, cache_dir)
     if pinned or content.record is None or entry.status != "upstream":
-        raise WeightsError(f"{path} holds sha256 {sha256}; {entry.name} is {_expected(pinned)}", "export it again")
+        cause = f"{path} holds sha256 {content.sha256}; {entry.name} is {_expected(pinned)}"
+        raise WeightsError(cause, "export it again")
     folder = cache.upstream_folder(entry.name, cache_dir)
     with cache.locked(folder):
         _check_first_seen(entry, str(content.record.get("sha256")), folder)
-        write_whole(folder / WEIGHTS_NAME, content.file)
+        write_whole(folder / WEIGHTS_NAME, *content.parts)
         write_whole(folder / RECORD, json.dumps(content.record, indent=2).encode())
-        return entry.name, _checked(folder / WEIGHTS_NAME, sha256)
+        return entry.name, _checked(folder / WEIGHTS_NAME, content.sha256)
 
 
 def export_bundle(name: str, output: Path, access: Access = ANYWHERE, *, overwrite: bool = False) -> Path:
@@ -354,8 +354,8 @@ def _expected(pinned: set[str]) -> str:
     return " or ".join(sorted(pinned)) or "a checkpoint of its authors (.pth)"
 
 
-def _store(content: bytes, sha256: str, cache_dir: cache.CacheDir) -> Found:
+def _store(sha256: str, parts: Iterable[bytes | memoryview], cache_dir: cache.CacheDir) -> Found:
     path = cache.stored_path(sha256, cache_dir)
     with cache.locked(path.parent):
-        write_whole(path, content)
+        write_whole(path, *parts)
     return _checked(path, sha256)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -13,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -61,9 +62,9 @@ class WeightsFile:
     metadata: Mapping[str, str]
 
     @property
-    def data(self) -> bytes:
-        """Everything behind the header, a copy."""
-        return self._bytes[8 + len(self.header) :]
+    def data(self) -> memoryview:
+        """Everything behind the header, mapped."""
+        return memoryview(self._bytes)[8 + len(self.header) :]
 
     @cached_property
     def _bytes(self) -> mmap.mmap:
@@ -231,30 +232,59 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> Non
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, whole or not at all; the same tensors and metadata give the same bytes."""
-    from safetensors.torch import save
+    """Write a safetensors file, whole or not at all; the same tensors and metadata give the same bytes.
 
-    plain = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-    content = save(plain, dict(metadata))
-    start = 8 + int.from_bytes(content[:8], "little")
-    table = json.loads(content[8:start])  # safetensors writes the metadata in a random order
-    table["__metadata__"] = dict(sorted(metadata.items()))
-    header = json.dumps(table, separators=(",", ":")).encode()
+    The largest numbers come first, then names decide, as in the files of the safetensors library.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, str(item[1].dtype), item[0]))
+    table, end = {}, 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        table[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    data = (tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data for _, tensor in ordered)
+    write_whole(path, header_bytes(table, metadata), *data)
+
+
+def header_bytes(table: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """What stands in front of a safetensors file's data: the length of the header, and the header."""
+    whole = {"__metadata__": dict(sorted(metadata.items()))} | dict(table)
+    header = json.dumps(whole, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    write_whole(path, len(header).to_bytes(8, "little") + header + content[start:])
+    return len(header).to_bytes(8, "little") + header
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to the disk, and rename it into place."""
+def write_whole(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file under a temporary name, flush it to the disk, and rename it into place.
+
+    What an earlier writer of the same file left when it was killed is removed.
+    """
+    for orphan in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        _remove_unless_locked(orphan)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("xb") as file:
-            file.write(content)
+            _lock(file)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _remove_unless_locked(path: Path) -> None:
+    with suppress(OSError), path.open("rb") as file:
+        _lock(file)
+        path.unlink()
+
+
+def _lock(file: BinaryIO) -> None:
+    """Mark a file as being written, until it is closed or its process ends; BlockingIOError if another does."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, which itself refuses to remove an open file
+        return
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

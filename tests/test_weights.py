@@ -602,3 +602,28 @@ def test_the_same_tensors_and_metadata_give_the_same_bytes(tmp_path):
         contents.add((tmp_path / f"{index}.safetensors").read_bytes())
     assert len(contents) == 1
     assert dict(open_weights(tmp_path / "0.safetensors").metadata) == metadata
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):
+    (tmp_path / ".x.safetensors.0a1b2c3d.partial").write_bytes(b"half")
+    (tmp_path / ".other.safetensors.0a1b2c3d.partial").write_bytes(b"of another file")
+    write_weights({"a": torch.ones(3)}, tmp_path / "x.safetensors", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.safetensors.0a1b2c3d.partial", "x.safetensors"]
+
+
+def test_a_write_leaves_that_of_a_living_process_alone(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    busy = tmp_path / ".x.safetensors.0a1b2c3d.partial"
+    with busy.open("xb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        write_weights({"a": torch.ones(3)}, tmp_path / "x.safetensors", {})
+        assert busy.exists()
+    write_weights({"a": torch.ones(3)}, tmp_path / "x.safetensors", {})
+    assert not busy.exists()
+
+
+def test_writing_takes_no_second_copy_of_the_tensors(tmp_path):
+    tracemalloc.start()
+    write_weights({name: torch.ones(2**20) for name in "abcd"}, tmp_path / "x.safetensors", {})  # 16 MB in torch
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
