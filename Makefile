@@ -1,16 +1,20 @@
-# make demo | test | lint | examples | bench | wheel: each works alone, from a clean clone, and makes .venv first.
+# make demo | test | test-oldest-hub | lint | examples | bench | wheel: each works alone, from a clean clone, and makes .venv first.
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+OLDEST_HUB = $(VENV)/oldest-hub
 
-.PHONY: demo test lint examples bench wheel
+.PHONY: demo test test-oldest-hub lint examples bench wheel
 
 demo: $(READY)
 	$(BIN)/gvsl-zoo demo --output demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-oldest-hub: $(READY) $(OLDEST_HUB)
+	PYTHONPATH=$(OLDEST_HUB) $(BIN)/python -m pytest tests/test_hub.py tests/test_hub_server.py tests/test_sources.py tests/test_share.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -27,6 +31,9 @@ bench: $(READY)
 
 wheel: $(READY)
 	$(BIN)/python -m build --wheel --no-isolation
+
+$(OLDEST_HUB): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ huggingface_hub==1.0.0
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
