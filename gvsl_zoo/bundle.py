@@ -71,10 +71,13 @@ def read(file: WeightsFile) -> Content:
     Raises: WeightsError for a file that is no bundle.
     """
     try:
-        record = file.metadata.get(RECORD_KEY)
+        record = json.loads(file.metadata.get(RECORD_KEY, "null"))
         entry = json.loads(file.metadata[METADATA_KEY])
         original = file.metadata[ORIGINAL_KEY].encode()
-        return Content(str(entry["name"]), original, file.data, json.loads(record) if record else None)
+        content = Content(str(entry["name"]), original, file.data, record)
+        if record is not None and (type(record["sha256"]), record["safetensors"]) != (str, content.sha256):
+            raise ValueError("a record of another file")
+        return content
     except (KeyError, ValueError, TypeError, RecursionError):
         remedy = "make one with gvsl-zoo export; load(path) opens any other weights file"
         raise WeightsError(f"{file.path} is no bundle", remedy) from None

@@ -24,7 +24,7 @@ CacheDir = str | os.PathLike[str] | None
 def _hf_home() -> Path:
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
     try:
-        return Path(home).expanduser()
+        return Path(os.path.expandvars(home)).expanduser()
     except RuntimeError:  # no home at all: nothing can be kept
         return Path(os.devnull)
 
@@ -36,7 +36,8 @@ def own_folder(cache_dir: CacheDir = None) -> Path:
 
 def hub_folder(cache_dir: CacheDir = None) -> Path:
     """The Hub's cache: `cache_dir`, HF_HUB_CACHE, or the hub folder of HF_HOME."""
-    return Path(cache_dir or os.environ.get("HF_HUB_CACHE") or _hf_home() / "hub").expanduser()
+    named = cache_dir or os.environ.get("HF_HUB_CACHE")
+    return Path(os.path.expandvars(named)).expanduser() if named else _hf_home() / "hub"
 
 
 def offline() -> bool:

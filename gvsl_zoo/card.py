@@ -10,6 +10,10 @@ from . import __version__
 from .registry import Evaluation, ModelEntry
 
 LIBRARY = "gvsl-zoo"
+HUB_LICENCES = {  # the Hub's names, which are those of SPDX in small letters; it knows more
+    *("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0"),
+    *("cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "openrail"),
+}
 TASK_TYPES = {"segmentation": "image-segmentation", "classification": "image-classification"}  # the Hub's names
 
 
@@ -60,7 +64,7 @@ def model_card(entry: ModelEntry, repo: str | None = None) -> str:
 def _metadata(entry: ModelEntry) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    open_licence = re.fullmatch(r"[A-Za-z0-9.-]+", entry.licence.weights) is not None
+    licence = entry.licence.weights.lower()
     results = [
         EvalResult(
             task_type=TASK_TYPES.get(e.task, e.task),
@@ -74,8 +78,8 @@ def _metadata(entry: ModelEntry) -> str:
         if e.command  # what the papers say is no measurement of these bytes
     ]
     data = ModelCardData(
-        license=entry.licence.weights.lower() if open_licence else "other",
-        license_name=None if open_licence else "see-LICENSE",
+        license=licence if licence in HUB_LICENCES else "other",
+        license_name=None if licence in HUB_LICENCES else "see-LICENSE",
         library_name=LIBRARY,
         pipeline_tag="image-feature-extraction",
         tags=["medical-imaging", f"{entry.ndim}d", entry.modality, entry.objective, entry.architecture],
@@ -87,9 +91,9 @@ def _metadata(entry: ModelEntry) -> str:
 
 def _usage(entry: ModelEntry, repo: str | None) -> str:
     source = f"hf-hub:{repo}" if repo else "path/to/this/folder"
-    tensor = "(B, 1, D, H, W)" if entry.ndim == 3 else "(B, 1, H, W)"
-    taken = 'net.preprocess("scan.nii.gz")' if entry.ndim == 3 else f"image  # {tensor}, in [0, 1]"
-    return f'```python\nfrom gvsl_zoo import load\n\nnet = load("{source}")\nfeatures = net({taken})\n```'
+    films = f"net(image)  # (B, {entry.config.get('in_chans', 1)}, H, W), in [0, 1]"
+    call = 'net(net.preprocess("scan.nii.gz"))' if entry.ndim == 3 else films
+    return f'```python\nfrom gvsl_zoo import load\n\nnet = load("{source}")\nfeatures = {call}\n```'
 
 
 def _input(entry: ModelEntry) -> str:

@@ -220,8 +220,13 @@ def push_command(name: str, repo: str, private: bool, branch: str | None, messag
 
     import torch
 
-    from .zoo import load, push_to_hub, widest_task
+    from .hub import PREFIX
+    from .registry import model_info
+    from .sources import is_path
+    from .zoo import check_publishable, load, push_to_hub, widest_task
 
+    if not (is_path(name) or name.startswith(PREFIX)):
+        check_publishable(model_info(name))  # before it is downloaded
     model = load(name, task=widest_task(load(name).entry))  # type: ignore[arg-type]
     stored = getattr(torch, str(model.load_report.stored_dtype), torch.float32)  # type: ignore[union-attr]
     report = push_to_hub(model, repo, private=private, branch=branch, commit_message=message, dtype=stored)

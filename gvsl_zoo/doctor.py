@@ -7,7 +7,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from . import __version__, cache, drive, hub, sources
 from .download import READ_SECONDS
 from .errors import ArgumentError, GvslZooError, RegistryError, SourceError, WeightsError
 from .registry import ModelEntry, list_models, model_info
-from .sources import ANYWHERE, Access, Found
+from .sources import ANYWHERE, Access, Found, NotHere
 from .weights import METADATA_KEY, WEIGHTS_NAME, open_weights
 from .zoo import check_fit, entry_of, resolve_device
 
@@ -50,7 +50,8 @@ def cached_models(cache_dir: cache.CacheDir = None) -> list[Cached]:
         for path in sorted((own / "weights").glob("*.safetensors"))
     ]
     for folder in sorted(path for path in (own / "upstream").glob("*") if path.is_dir()):
-        found.append(Cached(folder.name, "upstream", sum(f.stat().st_size for f in folder.iterdir()), folder))
+        if size := sum(f.stat().st_size for f in folder.iterdir()):  # a download that failed leaves an empty lock
+            found.append(Cached(folder.name, "upstream", size, folder))
     registered = {
         (source.repo, source.revision, source.file): entry.name
         for entry in entries
@@ -80,8 +81,10 @@ def remove_cached(name: str, cache_dir: cache.CacheDir = None) -> list[Cached]:
     try:
         for one in gone:
             if one.kind == "hub":
-                commit = one.path.relative_to(cache.hub_folder(cache_dir).absolute()).parts[2]
-                _scan(cache_dir).delete_revisions(commit).execute()
+                folder, _, commit, *_ = one.path.relative_to(cache.hub_folder(cache_dir).resolve()).parts
+                scan = _scan(cache_dir)
+                own = frozenset(repo for repo in scan.repos if repo.repo_path.name == folder)  # copies share commits
+                replace(scan, repos=own).delete_revisions(commit).execute()
             elif one.kind == "upstream":
                 shutil.rmtree(one.path)
             else:
@@ -140,9 +143,12 @@ def verify(name: str, access: Access = ANYWHERE) -> list[Check]:
     if sources.is_path(name):
         return [_verified(name, "path", lambda: sources.open_path(Path(name)))]
     entry = model_info(name)
+    if entry.status == "planned":
+        planned = sources.planned(entry)
+        return [Check(name, "WARN", planned.cause, planned.remedy)]
     checks = [_verified(name, where, get, entry) for where, get in sources.candidates(entry, local)]
     there = [check for check in checks if check.verdict != "WARN"]
-    return there or [Check(name, "WARN", "not on this machine", f"gvsl-zoo download {name}" if checks else "")]
+    return there or [Check(name, "WARN", "not on this machine", f"gvsl-zoo download {name}")]
 
 
 def _verified(name: str, where: str, get: Callable[[], Found], entry: ModelEntry | None = None) -> Check:
@@ -150,16 +156,25 @@ def _verified(name: str, where: str, get: Callable[[], Found], entry: ModelEntry
     try:
         file, sha256 = get()
         if cache.sha256_of(file.path) != sha256:
-            raise WeightsError(f"{file.path} is no longer what its hash says", f"gvsl-zoo cache remove {name}")
+            raise WeightsError(f"{file.path} is no longer what its hash says", _remedy(name, where, file.path))
         own = entry if entry and entry.status != "upstream" else entry_of(file)
         report = check_fit(own, file)
         return Check(what, "PASS", f"{report.loaded} tensors, sha256 {sha256}")
-    except SourceError as error:
-        return Check(what, "WARN", error.cause, error.remedy)
+    except NotHere:
+        return Check(what, "WARN", "not on this machine", f"gvsl-zoo download {name}")
     except GvslZooError as error:
-        return Check(what, "FAIL", error.cause, error.remedy)
+        return Check(what, "FAIL", error.cause, error.remedy or "get it again from its source")
     except OSError as error:
         return Check(what, "FAIL", str(error), "mend its permissions, or remove it")
+
+
+def _remedy(name: str, where: str, path: Path) -> str:
+    """How to be rid of a rotten file."""
+    if where in ("path", "embedded", "file"):
+        return "get it again from its source"
+    if name.startswith(hub.PREFIX):
+        name = f"{name.partition('@')[0]}@{path.parent.name}"  # its commit
+    return f"gvsl-zoo cache remove {name}"
 
 
 # --- An installation ----------------------------------------------------------------------------------------------
@@ -167,8 +182,9 @@ def _verified(name: str, where: str, get: Callable[[], Found], entry: ModelEntry
 
 def diagnose(cache_dir: cache.CacheDir = None) -> list[Check]:
     """What works here and what does not: versions, devices, registry, caches, models on this machine, reachability."""
-    checks = [*_versions(), _devices(), _registry(), *_cache(cache_dir)]
-    if checks[-1].verdict != "FAIL":
+    known = _registry()
+    checks = [*_versions(), _devices(), known, *_cache(cache_dir)]
+    if known.verdict != "FAIL":
         access = Access(cache_dir, local_files_only=True)
         for name in list_models():
             checks += [check for check in verify(name, access) if check.verdict != "WARN"]
@@ -199,7 +215,8 @@ def _registry() -> Check:
     try:
         return Check("registry", "PASS", f"{len(list_models())} models, {len(list_models(available=True))} available")
     except RegistryError as error:
-        return Check("registry", "FAIL", error.cause, error.remedy)
+        fix = error.remedy or "mend that file, or take it out of GVSL_ZOO_REGISTRY"
+        return Check("registry", "FAIL", error.cause, fix)
 
 
 def _cache(cache_dir: cache.CacheDir) -> Iterator[Check]:

@@ -63,7 +63,7 @@ class Meter:
         """Call before every request."""
         self.requests += 1
         if self.requests > MAX_REQUESTS:
-            raise SourceError(f"{self.where} redirects in a circle", TRY_LATER)
+            raise SourceError(f"{self.where} redirects in a circle, or breaks off each time", TRY_LATER)
         if not self.answered and time.monotonic() - self.started > self.patience:
             raise SourceError(f"{self.where} does not answer", "check the network, or work from the cache or a bundle")
         self._check_time()
@@ -100,7 +100,8 @@ def persist(meter: Meter, fetch: Callable[[], T]) -> T:
                 cause = f"{error.cause}; it asks to wait {error.wait:.0f} s"
                 raise SourceError(cause, f"try again after {when}") from None
             if attempt == ATTEMPTS or meter.seconds_left() < error.wait:
-                raise SourceError(f"{error.cause} (tried {attempt} times)", error.remedy) from None
+                times = f" (tried {attempt} times)" if attempt > 1 else ""
+                raise SourceError(f"{error.cause}{times}", error.remedy) from None
             time.sleep(error.wait)
     raise AssertionError("the last attempt returns or raises")
 

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
@@ -34,7 +35,9 @@ LOG_IN = "log in (hf auth login, or set HF_TOKEN) with an account that may"
 COMMIT = re.compile("[0-9a-f]{40}")
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 _TIMEOUTS = ("connect", "read", "write", "pool")
-_meter: ContextVar[Meter | None] = ContextVar("meter", default=None)
+_meter: ContextVar[HubMeter | None] = ContextVar("meter", default=None)
+_lock = threading.Lock()  # of the client's factory and its log, which all threads share
+_log_levels: list[int] = []  # before each call in progress; the first is the user's
 
 
 class HubFile(NamedTuple):
@@ -46,6 +49,13 @@ class HubFile(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.repo}@{self.revision[:12]}: {self.file}"
+
+
+class HubMeter(Meter):
+    """Notes whether the Hub named a commit, as it does for every file that it has, and its last status."""
+
+    named_commit = False
+    status: int | None = None
 
 
 def endpoint() -> str:
@@ -114,7 +124,7 @@ def fetch(
     Raises: SourceError for every failure, of whatever library.
     """
     limit = MOST_BYTES if most_bytes is None else most_bytes + download.SPARE_BYTES
-    meter = Meter(WHERE, limit)
+    meter = HubMeter(WHERE, limit)
     path = _download(wanted, meter, cache_dir, token, force=False)
     try:
         check(path)
@@ -133,12 +143,14 @@ def fetch(
         ) from None
 
 
-def _download(wanted: HubFile, meter: Meter, cache_dir: CacheDir, token: str | bool | None, *, force: bool) -> Path:
+def _download(wanted: HubFile, meter: HubMeter, cache_dir: CacheDir, token: str | bool | None, *, force: bool) -> Path:
     from huggingface_hub import hf_hub_download
 
     def once() -> Path:
+        _sweep(_repo_folder(wanted.repo, cache_dir))  # each time: early clients go on from what a failed attempt left
         with _explained(wanted.repo):
-            return Path(
+            _check_token(token)
+            path = Path(
                 hf_hub_download(
                     wanted.repo,
                     wanted.file,
@@ -151,14 +163,26 @@ def _download(wanted: HubFile, meter: Meter, cache_dir: CacheDir, token: str | b
                     **CLIENT,
                 )
             )
+        if not (meter.named_commit or COMMIT.fullmatch(wanted.revision)):  # the client took its cache, and says nothing
+            said = f"answered {meter.status} for {wanted.repo}" if meter.answered else "does not answer"
+            raise SourceError(f"{WHERE} {said}", "check the network, the name and the token")
+        return path
 
     download.check_name_resolves(endpoint(), WHERE)
-    _sweep(_repo_folder(wanted.repo, cache_dir))
     try:
         with _metered(meter):
             return download.persist(meter, once)
     finally:
         _sweep(_repo_folder(wanted.repo, cache_dir))
+
+
+def _check_token(token: str | bool | None) -> None:
+    """Refuse a token that no header can hold; the libraries below quote it in their errors."""
+    from huggingface_hub import get_token
+
+    given = token if isinstance(token, str) else None if token is False else get_token()
+    if given and not re.fullmatch("[!-~]+", given):
+        raise SourceError("the token holds characters that no token has", f"{LOG_IN} do this")
 
 
 def announced_sha256(path: Path) -> str | None:
@@ -187,16 +211,19 @@ def _sweep(folder: Path) -> None:
 
 
 @contextmanager
-def _metered(meter: Meter) -> Iterator[None]:
+def _metered(meter: HubMeter) -> Iterator[None]:
     """Let the client's requests of this context pass by `meter`, and keep its log from repeating what we say."""
     _watch_sessions()
     log = logging.getLogger("huggingface_hub")
-    level, token = log.level, _meter.set(meter)
-    log.setLevel(logging.ERROR)
+    token = _meter.set(meter)
+    with _lock:
+        _log_levels.append(log.level)
+        log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.setLevel(level)
+        with _lock:
+            log.setLevel(_log_levels.pop())  # the user's comes last, whoever ends last
         _meter.reset(token)
 
 
@@ -205,21 +232,22 @@ def _watch_sessions() -> None:
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import _http
 
-    make = _http._GLOBAL_CLIENT_FACTORY
-    if getattr(make, "watched", False):
-        return
+    with _lock:
+        make = _http._GLOBAL_CLIENT_FACTORY
+        if getattr(make, "watched", False):
+            return
 
-    def watched_factory() -> Any:
-        client = make()
-        hooks = client.event_hooks
-        client.event_hooks = {
-            "request": [*hooks.get("request", ()), _on_request],
-            "response": [*hooks.get("response", ()), _on_response],
-        }
-        return client
+        def watched_factory() -> Any:
+            client = make()
+            hooks = client.event_hooks
+            client.event_hooks = {
+                "request": [*hooks.get("request", ()), _on_request],
+                "response": [*hooks.get("response", ()), _on_response],
+            }
+            return client
 
-    watched_factory.watched = True  # type: ignore[attr-defined]
-    set_client_factory(watched_factory)
+        watched_factory.watched = True  # type: ignore[attr-defined]
+        set_client_factory(watched_factory)
 
 
 def _on_request(request: Any) -> None:
@@ -237,6 +265,8 @@ def _on_response(response: Any) -> None:
         return
     meter.answered = True
     status, headers = response.status_code, response.headers
+    meter.status = status
+    meter.named_commit |= "X-Repo-Commit" in headers
     if status == 429:
         wait = download.retry_after(headers.get("Retry-After"))
         raise Transient(f"{WHERE} is asked too often (429)", download.TRY_LATER, wait)
@@ -293,6 +323,8 @@ def _explanation(error: Exception, repo: str) -> SourceError:
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
+        if isinstance(cause, SourceError):  # ours, wrapped by the client's upload threads
+            return cause
     known: tuple[tuple[type[BaseException], str, str], ...] = (
         (hub.GatedRepoError, f"{repo} is gated", f"accept its terms on {endpoint()}/{repo}, then {LOG_IN} see it"),
         (hub.RepositoryNotFoundError, f"{repo} does not exist, or is private", f"check its name, or {LOG_IN} see it"),
@@ -310,6 +342,8 @@ def _explanation(error: Exception, repo: str) -> SourceError:
             status = one.response.status_code
             if status in (401, 403):
                 return SourceError(f"{WHERE} does not accept the token for {repo} ({status})", f"{LOG_IN} do this")
+            if status == 409:
+                return Transient(f"{WHERE} reports a conflict for {repo} (409): somebody else writes to it")
             return SourceError(f"{WHERE} answered {status} for {repo}", "check the name and the revision")
         if isinstance(one, OSError) and one.errno in _DISK_ERRORS:
             return download.disk_error(one, one.filename or "the cache")
@@ -329,13 +363,16 @@ def push(folder: Path, repo: str, *, token: str | None, private: bool, branch: s
 
     Raises: SourceError for every failure, of whatever library.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
+    if token is None and get_token() is None:
+        raise SourceError("there is no token on this machine", f"{LOG_IN} write to {repo}")
     size = sum(path.stat().st_size for path in folder.iterdir())
-    meter = Meter(WHERE, size, patience=UPLOAD_SECONDS)
+    meter = HubMeter(WHERE, size, patience=UPLOAD_SECONDS)
     download.check_name_resolves(endpoint(), WHERE)
     api = HfApi(endpoint=endpoint(), token=token, **CLIENT)
-    with _metered(meter), _explained(repo), ExitStack() as files:
+    with _of_a_push(), _metered(meter), _explained(repo), ExitStack() as files:
+        _check_token(token)
         api.create_repo(repo, private=private, exist_ok=True)
         if branch:
             api.create_branch(repo, branch=branch, exist_ok=True)
@@ -344,3 +381,12 @@ def push(folder: Path, repo: str, *, token: str | None, private: bool, branch: s
         ]
         commit = api.create_commit(repo, additions, commit_message=message, revision=branch)
     return str(commit.oid)
+
+
+@contextmanager
+def _of_a_push() -> Iterator[None]:
+    """Give a passing fault the remedy of an upload."""
+    try:
+        yield
+    except Transient as error:
+        raise SourceError(error.cause, "push again; what has arrived already is not sent twice") from error

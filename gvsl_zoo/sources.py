@@ -31,6 +31,10 @@ class SourceNotice(UserWarning):
     """Something to know of where a model came from: its licence, or that a first choice failed."""
 
 
+class NotHere(SourceError):
+    """Bytes that are not on this machine, while the network is not allowed or has nothing to do with it."""
+
+
 @dataclass(frozen=True)
 class Access:
     """How sources may be reached.
@@ -78,7 +82,7 @@ def locate(entry: ModelEntry, access: Access = ANYWHERE) -> Found:
     Raises: SourceError that names every source tried; with a single source, that source's own error.
     """
     if entry.status == "planned":
-        raise SourceError(f"{entry.name} is planned: {entry.summary.rstrip('.')}", _instead(entry))
+        raise planned(entry)
     failures: list[tuple[str, GvslZooError]] = []
     for where, get in candidates(entry, access):
         try:
@@ -118,6 +122,11 @@ def candidates(entry: ModelEntry, access: Access) -> Iterator[tuple[str, Callabl
                 yield where, lambda get=get, source=source: get(entry, source, access)  # type: ignore[misc]
 
 
+def planned(entry: ModelEntry) -> SourceError:
+    """That a model has no weights anywhere, and what to use instead."""
+    return SourceError(f"{entry.name} is planned: {entry.summary.rstrip('.')}", _instead(entry))
+
+
 def _instead(entry: ModelEntry) -> str:
     if not entry.instead:
         return "see gvsl_zoo.list_models(available=True)"
@@ -126,7 +135,7 @@ def _instead(entry: ModelEntry) -> str:
 
 def _on_disk(path: Path, sha256: str) -> Found:
     if not path.is_file():
-        raise SourceError(f"there is no file {path}", "bring it back, or correct the registry")
+        raise NotHere(f"there is no file {path}", "bring it back, or correct the registry")
     return _checked(path, sha256)
 
 
@@ -146,9 +155,13 @@ def from_hub_name(name: str, revision: str | None, access: Access) -> Found:
     wanted = hub.parse_name(name, WEIGHTS_NAME, revision)
     path = hub.cached(wanted, access.cache_dir)
     if path is not None and (access.offline or hub.COMMIT.fullmatch(wanted.revision)):
-        return _from_blob(path)
+        try:
+            return _from_blob(path)
+        except WeightsError:  # the cached file is damaged
+            if access.offline:
+                raise
     if access.offline:
-        raise SourceError(f"{wanted} is not in the cache, and the network is not allowed", OFFLINE)
+        raise NotHere(f"{wanted} is not in the cache, and the network is not allowed", OFFLINE)
     try:
         path = hub.fetch(wanted, _from_blob, cache_dir=access.cache_dir, token=access.token)
     except SourceError as error:
@@ -173,7 +186,7 @@ def _from_hub(entry: ModelEntry, source: Source, access: Access) -> Found:
 
     path = hub.cached(wanted, access.cache_dir)
     if path is None and access.offline:
-        raise SourceError(f"{wanted} is not in the cache, and the network is not allowed", OFFLINE)
+        raise NotHere(f"{wanted} is not in the cache, and the network is not allowed", OFFLINE)
     if path is None or not access.offline:
         try:
             return check(path) if path else _fetch_from_hub(wanted, check, source, access)
@@ -198,7 +211,7 @@ def _from_drive(entry: ModelEntry, source: Source, access: Access) -> Found:
     if access.offline and not checkpoint.is_file():
         if (folder / WEIGHTS_NAME).exists():
             raise WeightsError(f"{folder / WEIGHTS_NAME} is damaged, and the network is not allowed", OFFLINE)
-        raise SourceError(f"{entry.name} is not in the cache, and the network is not allowed", OFFLINE)
+        raise NotHere(f"{entry.name} is not in the cache, and the network is not allowed", OFFLINE)
     from . import drive  # late: its import opens a socket (urllib3 tries IPv6), which a cached model must not
 
     with cache.locked(folder):
@@ -273,6 +286,8 @@ def adopt(entry: ModelEntry, path: Path, access: Access = ANYWHERE) -> Found:
 
     A checkpoint of the authors (.pth) is converted; a safetensors file must have the registry's hash.
     """
+    if entry.status == "planned":
+        raise planned(entry)
     try:
         with path.open("rb") as file:
             packed = file.read(4) == b"PK\x03\x04"
@@ -314,7 +329,14 @@ def import_bundle(path: Path, cache_dir: cache.CacheDir = None, name: str | None
     folder = cache.upstream_folder(entry.name, cache_dir)
     with cache.locked(folder):
         _check_first_seen(entry, str(content.record.get("sha256")), folder)
-        write_whole(folder / WEIGHTS_NAME, *content.parts)
+        staged = folder / ".import.partial"  # nothing vouches for this header: a bad one must not replace a good file
+        write_whole(staged, *content.parts)
+        try:
+            open_weights(staged)
+        except WeightsError as error:
+            staged.unlink()
+            raise WeightsError(f"{path} holds a damaged file", "export it again") from error
+        staged.replace(folder / WEIGHTS_NAME)
         write_whole(folder / RECORD, json.dumps(content.record, indent=2).encode())
         return entry.name, _checked(folder / WEIGHTS_NAME, content.sha256)
 
@@ -333,9 +355,9 @@ def export_bundle(name: str, output: Path, access: Access = ANYWHERE, *, overwri
     if path.suffix != ".safetensors":
         raise ArgumentError(f"{output} is no folder and does not end in .safetensors", "give one or the other")
     if path.exists() and not overwrite:
-        raise ArgumentError(f"{path} exists already", "choose another name, or pass overwrite=True (--overwrite)")
+        raise WeightsError(f"{path} exists already", "choose another name, or pass overwrite=True (--overwrite)")
     if not path.parent.is_dir():
-        raise ArgumentError(f"the folder {path.parent} does not exist", "make it first")
+        raise WeightsError(f"the folder {path.parent} does not exist", "make it first")
     file, _ = locate(entry, access)
     record = _record(cache.upstream_folder(name, access.cache_dir)) if entry.status == "upstream" else None
     try:

@@ -29,6 +29,7 @@ from .weights import (
     WEIGHTS_NAME,
     WeightsFile,
     assign,
+    check_content,
     open_weights,
     write_weights,
     write_whole,
@@ -387,9 +388,12 @@ def _save(
     if isinstance(model, Backbone):
         entry = replace(entry, heads=())
     entry = replace(entry, parameters=sum(tensor.numel() for tensor in tensors.values()))
-    for name, text in card_files(entry, repo).items():
-        write_whole(folder / name, text.encode())
-    write_weights(tensors, path, {"format": "pt", METADATA_KEY: json.dumps(entry.to_dict())})
+    try:
+        for name, text in card_files(entry, repo).items():
+            write_whole(folder / name, text.encode())
+        write_weights(tensors, path, {"format": "pt", METADATA_KEY: json.dumps(entry.to_dict())})
+    except OSError as error:
+        raise WeightsError(f"cannot write to {folder}: {error.strerror}", "free space, or choose another") from None
     return path, entry
 
 
@@ -397,10 +401,11 @@ def _as_loaded(model: nn.Module) -> bool:
     """Whether the tensors are those of the file that the model was loaded from."""
     report = getattr(model, "load_report", None)
     try:
-        file = open_weights(Path(report.origin)) if report and report.sha256 else None
+        if not report or not report.sha256:
+            return False
+        file = open_weights(Path(report.origin))
+        check_content(file, report.sha256)
     except WeightsError:  # it went away or changed since
-        return False
-    if file is None:
         return False
     names = {name.removeprefix(WHOLE_MODULE): name for name in file.slots}
     return all(
@@ -418,13 +423,14 @@ def _changed(entry: ModelEntry) -> ModelEntry:
 
 
 def from_pretrained(name: str | os.PathLike[str], **settings: Any) -> nn.Module:
-    """`load` under the Hub's name: a folder that `save_pretrained` wrote, or `org/repo` on the Hub.
+    """`load` under the Hub's name: a folder that `save_pretrained` wrote, or `org/repo` on the Hub if there is none.
 
     Args:
         settings: those of `load`.
     """
-    on_hub = isinstance(name, str) and not name.startswith(hub.PREFIX) and not Path(name).exists()
-    return load(hub.PREFIX + name if on_hub else name, **settings)  # type: ignore[operator]
+    if isinstance(name, str) and not name.startswith((hub.PREFIX, ".", "/")) and not Path(name).exists():
+        name = hub.PREFIX * (name.partition("@")[0].count("/") == 1) + name
+    return load(name, **settings)
 
 
 @dataclass(frozen=True)
@@ -441,6 +447,15 @@ class PushReport:
         return (
             f"- kind: hub\n  repo: {self.repo}\n  file: {WEIGHTS_NAME}\n  revision: {self.revision}\n"
             f"  bytes: {self.bytes}\n  sha256: {self.sha256}"
+        )
+
+
+def check_publishable(entry: ModelEntry | None) -> None:
+    """Refuse with an ArgumentError what belongs to others."""
+    if entry is not None and entry.status == "upstream":
+        raise ArgumentError(
+            f"{entry.name} is its authors' and not for us to publish ({entry.licence.weights})",
+            "carry it as a bundle (gvsl-zoo export), or publish with the authors' leave and an entry of your own",
         )
 
 
@@ -465,12 +480,8 @@ def push_to_hub(
     Raises: ArgumentError for weights whose licence does not allow it, SourceError for what goes wrong on the way.
     """
     wanted = hub.parse_name(repo_id, WEIGHTS_NAME, branch)
-    known = entry or getattr(model, "entry", None)
-    if known is not None and known.status == "upstream":
-        raise ArgumentError(
-            f"{known.name} is its authors' and not for us to publish ({known.licence.weights})",
-            "carry it as a bundle (gvsl-zoo export), or publish with the authors' leave and an entry of your own",
-        )
+    branch = None if wanted.revision == "main" else wanted.revision
+    check_publishable(entry or getattr(model, "entry", None))
     if cache.offline():
         raise SourceError("the network is not allowed (HF_HUB_OFFLINE)", "push from where it is")
     with TemporaryDirectory() as folder:

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import pickle
 import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import drive_server
+import hub_server
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
+from hub_server import Hub
 
-from gvsl_zoo import __version__, list_models, load, model_info, pooled_features, registry
+from gvsl_zoo import (
+    __version__,
+    drive,
+    list_models,
+    load,
+    model_info,
+    pooled_features,
+    registry,
+    save_pretrained,
+    sources,
+)
 from gvsl_zoo.cli import DEFAULT_MODEL, main
+from gvsl_zoo.errors import ArgumentError, RegistryError, SourceError, WeightsError
+from gvsl_zoo.models.unet import UNet
 
 AFFINE = np.array([[0, 0, -4.0, 40], [-3.0, 0, 0, 20], [0, 5.0, 0, -30], [0, 0, 0, 1]])  # axes (y, z, x), mm
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -327,3 +347,435 @@ def test_the_demo_leaves_a_picture_and_numbers(tmp_path):
 def test_the_demo_refuses_a_folder_that_is_a_file(tmp_path):
     (tmp_path / "demo").write_bytes(b"")
     refused(1, "cannot make the folder", "demo", "-o", tmp_path / "demo", "--json")
+
+
+# --- weights: download, convert, export, import, push, verify, doctor, cache -----------------------------------
+
+REPO = "org/model"
+THEIRS = """\
+schema_version: 1
+models:
+  theirs:
+    summary: a narrow U-Net, as its authors would share it
+    status: upstream
+    instead: gvsl-unet-ct-nano
+    architecture: unet
+    config: {ndim: 3, width: 8}
+    ndim: 3
+    modality: CT
+    objective: gvsl
+    parameters: 1471080
+    input: {axes: zyx, intensity: {unit: HU, window: [-1024, 1024], scale: [0, 1]}}
+    sources: [{kind: gdrive, id: 1234567890abc, file: theirs.pth, bytes: 100000000, pinned: false}]
+    licence: {code: none stated, weights: ask them, data: none stated}
+    citation: nobody 2026
+"""
+
+
+class Evil:
+    """What does something when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub on loopback, for which there is a token to write."""
+    with Hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_TOKEN", "hf_write")
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A checkpoint of "theirs", a model's folder, a bundle, and files that are none of them."""
+    folder = tmp_path_factory.mktemp("prepared")
+    for name, width in (("theirs.pth", 8), ("wide.pth", 16)):
+        torch.save(UNet(width=width, generator=torch.Generator().manual_seed(0)).state_dict(), folder / name)
+    save_pretrained(load(DEFAULT_MODEL), folder / "saved")
+    sources.export_bundle(DEFAULT_MODEL, folder / "bundle.safetensors")
+    for name in ("page.pth", "page.safetensors"):
+        (folder / name).write_text("<!DOCTYPE html><html>Sign in</html>")
+    (folder / "pickle.pth").write_bytes(pickle.dumps(Evil("canary")))
+    torch.save({"state_dict": {"a": Evil("canary")}}, folder / "evil.pth")
+    (folder / "there.safetensors").write_bytes(b"precious")
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.fixture
+def files(prepared, tmp_path, monkeypatch):
+    """A working folder with what is prepared; "theirs" is in the registry."""
+    folder = tmp_path / "files"
+    shutil.copytree(prepared, folder, copy_function=os.link)
+    monkeypatch.chdir(folder)
+    (tmp_path / "theirs.yaml").write_text(THEIRS)
+    monkeypatch.setenv("GVSL_ZOO_REGISTRY", str(tmp_path / "theirs.yaml"))
+    yield folder
+    assert not (folder / "canary").exists() and (folder / "there.safetensors").read_bytes() == b"precious"
+
+
+def facts_of(*args):
+    """The facts that a command prints as JSON."""
+    facts = json.loads(done(*args, "--json"))
+    assert isinstance(facts, dict) and facts
+    return facts
+
+
+def sha256_of(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def test_download_says_where_a_model_lies(files):
+    [source] = model_info(DEFAULT_MODEL).sources
+    facts = facts_of("download", DEFAULT_MODEL)
+    assert facts["sha256"] == sha256_of(facts["file"]) == source.sha256
+    assert facts["bytes"] == Path(facts["file"]).stat().st_size and facts["model"] == DEFAULT_MODEL
+    text = done("download", DEFAULT_MODEL)
+    assert [line.split(maxsplit=1)[0] for line in text.splitlines()] == ["model", "file", "bytes", "sha256"]
+    assert all(str(value) in text for value in facts.values())
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["HF_HOME", "cache_dir"])
+def test_download_brings_a_repository_of_the_hub_into_the_cache(own, files, hub, tmp_path):
+    old = hub.add(REPO, {"model.safetensors": (files / "saved/model.safetensors").read_bytes()})
+    hub.add(REPO, {"model.safetensors": (files / "bundle.safetensors").read_bytes()})
+    given = ["--cache-dir", tmp_path / "own"] if own else []
+    new_facts = facts_of("download", f"hf-hub:{REPO}", *given)
+    facts = facts_of("download", f"hf-hub:{REPO}", "--revision", old, *given)
+    assert sha256_of(facts["file"]) == facts["sha256"] == sha256_of("saved/model.safetensors")
+    assert sha256_of(new_facts["file"]) == new_facts["sha256"] == sha256_of("bundle.safetensors")
+    assert Path(facts["file"]).is_relative_to(tmp_path / ("own" if own else "cache"))
+
+
+def test_download_of_the_authors_file_converts_it_and_tells_its_terms(files, monkeypatch):
+    server = drive_server.DriveServer()
+    server.answers = [drive_server.file((files / "theirs.pth").read_bytes())]
+    monkeypatch.setattr(drive, "ORIGIN", server.url())
+    try:
+        result = run("download", "theirs", "--json")
+        assert result.exit_code == 0, result.output
+        assert sha256_of(json.loads(result.stdout)["file"]) == json.loads(result.stdout)["sha256"]
+        assert "warning: " in result.stderr and "ask them" in result.stderr and "nobody 2026" in result.stderr
+        assert load("theirs").load_report.origin == json.loads(result.stdout)["file"]
+        again = run("download", "theirs", "--json")
+        assert (again.stdout, "ask them" in again.stderr, len(server.log)) == (result.stdout, False, 1)
+    finally:
+        server.close()
+
+
+def test_download_takes_a_file_that_was_brought_by_hand(files):
+    facts = facts_of("download", "theirs", "--from-file", "theirs.pth")
+    assert load("theirs").load_report.sha256 == facts["sha256"] == sha256_of(facts["file"])
+    assert (files / "theirs.pth").is_file()
+    [source] = model_info(DEFAULT_MODEL).sources
+    facts = facts_of("download", DEFAULT_MODEL, "--from-file", sources.EMBEDDED / source.file)
+    assert facts["file"].endswith(f"weights/{source.sha256}.safetensors")
+
+
+def test_convert_tells_what_it_found_and_its_file_loads(files):
+    facts = facts_of("convert", "theirs.pth", "new.safetensors")
+    assert (facts["architecture"], facts["ndim"], facts["width"], facts["heads"]) == ("unet", 3, 8, [])
+    assert facts["sha256"] == sha256_of("new.safetensors") and facts["source_sha256"] == sha256_of("theirs.pth")
+    assert load("./new.safetensors").load_report.loaded == facts["tensors"]
+    text = done("convert", "theirs.pth", "new.safetensors", "--name", "theirs", "--overwrite")
+    assert "architecture" in text and sha256_of("new.safetensors") in text
+    assert load("./new.safetensors").entry.citation == "nobody 2026"
+
+
+def test_a_bundle_carries_a_model_to_another_machine(files, tmp_path, monkeypatch):
+    done("download", "theirs", "--from-file", "theirs.pth")
+    facts = facts_of("export", "theirs", "-o", "theirs.safetensors")
+    assert facts == {"model": "theirs", "output": "theirs.safetensors", "bytes": Path(facts["output"]).stat().st_size}
+    there = load("theirs").state_dict()
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "machine"))
+    refused(1, "theirs could not be had", "download", "theirs")
+    facts = facts_of("import", "theirs.safetensors")
+    assert list(facts) == ["theirs"] and sha256_of(facts["theirs"]["file"]) == facts["theirs"]["sha256"]
+    here = load("theirs", local_files_only=True).state_dict()
+    assert all(torch.equal(here[name], there[name]) for name in there)
+
+
+def test_a_folder_of_bundles_is_exported_and_imported_whole(files, tmp_path, monkeypatch):
+    done("download", "theirs", "--from-file", "theirs.pth")
+    Path("mirror").mkdir()
+    for name in ("theirs", DEFAULT_MODEL):
+        assert f"mirror/{name}.safetensors" in done("export", name, "-o", "mirror")
+    assert names_in(files / "mirror") == [f"{DEFAULT_MODEL}.safetensors", "theirs.safetensors"]
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "machine"))
+    text = done("import", "mirror")
+    assert "theirs" in text and DEFAULT_MODEL in text and "sha256" in text
+    assert sorted(facts_of("import", "mirror")) == sorted([DEFAULT_MODEL, "theirs"])
+    done("export", DEFAULT_MODEL, "-o", "mirror", "--overwrite")
+
+
+def test_an_import_that_fails_halfway_is_no_success(files):
+    Path("mixed").mkdir()
+    (files / "bundle.safetensors").rename("mixed/a.safetensors")
+    (files / "page.safetensors").rename("mixed/b.safetensors")
+    refused(1, "b.safetensors is not a weights file: it looks like a web page", "import", "mixed", "--json")
+
+
+def test_push_tells_the_source_for_a_registry_and_the_facts(files, hub):
+    facts = facts_of("push", "./saved", REPO, "--message", "first", "--private")
+    content = hub.files(REPO)["model.safetensors"]
+    commit = hub.repos[REPO].branches["main"]
+    assert facts == {
+        "repo": REPO,
+        "revision": commit,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+    }
+    assert hub.repos[REPO].private
+    text = done("push", "./saved", REPO, "--branch", "next")
+    first, _, lines = text.partition("\n")
+    assert first.startswith(f"pushed to {REPO}; ") and set(hub.repos[REPO].branches) == {"main", "next"}
+    [source] = yaml.safe_load(lines)
+    assert source["kind"] == "hub" and source["revision"] == hub.repos[REPO].branches["next"]
+
+
+def test_push_keeps_every_head_and_the_stored_numbers(files, hub):
+    done("push", DEFAULT_MODEL, REPO)
+    model = load(f"hf-hub:{REPO}", task="pretraining")
+    assert model.load_report.stored_dtype == load(DEFAULT_MODEL).load_report.stored_dtype == "float16"
+    assert model.entry.evaluation == model_info(DEFAULT_MODEL).evaluation != ()
+
+
+def test_a_push_that_the_hub_does_not_take_ends_with_1(files, hub):
+    hub.fault = hub_server.status(500, on=hub_server.at("/commit/"))
+    result = run("push", "./saved", REPO, "--json")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1].startswith("error: the Hub answered 500; push again")
+    assert list(hub.files(REPO)) == [".gitattributes"]
+
+
+def test_verify_passes_a_model_and_a_path(files):
+    for name in (DEFAULT_MODEL, "./saved", "bundle.safetensors"):
+        assert done("verify", name).startswith(f"PASS  {name} (")
+    checks = json.loads(done("verify", DEFAULT_MODEL, "./saved", "--json"))
+    assert [(check["verdict"], check["fix"]) for check in checks] == [("PASS", "")] * 2
+    assert set(checks[0]) == {"what", "verdict", "seen", "fix"}
+
+
+def test_verify_all_looks_at_what_is_here(files):
+    assert len(done("verify", "--all").splitlines()) == 1
+    done("download", "theirs", "--from-file", "theirs.pth")
+    whats = [check["what"] for check in json.loads(done("verify", "--all", "--json"))]
+    assert whats == [f"{DEFAULT_MODEL} (embedded)", "theirs (Google Drive)"]
+
+
+@pytest.mark.parametrize("name", ["theirs", "./nothing.safetensors", "page.safetensors", "gvsl-xmorpher-ct"])
+def test_verify_ends_with_1_unless_all_is_well_and_says_what_to_do(name, files):
+    result = run("verify", DEFAULT_MODEL, name)
+    lines = result.stdout.splitlines()
+    assert (result.exit_code, len(lines), result.stderr) == (1, 3, ""), result.output
+    assert lines[0].startswith("PASS") and lines[1][:4] in ("WARN", "FAIL") and lines[2].startswith("      -> ")
+    result = run("verify", name, "--json")
+    assert result.exit_code == 1 and json.loads(result.stdout)[0]["fix"] in lines[2]
+
+
+def test_a_damaged_copy_fails_verify_until_it_is_removed(files):
+    path = Path(facts_of("import", "bundle.safetensors")[DEFAULT_MODEL]["file"])
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert run("verify", "--all").exit_code == run("verify", DEFAULT_MODEL).exit_code == 1
+    done("cache", "remove", DEFAULT_MODEL)
+    assert done("verify", "--all").startswith("PASS")
+
+
+def test_doctor_ends_with_0_where_nothing_fails(files, hub, monkeypatch):
+    monkeypatch.setattr(drive, "ORIGIN", hub.endpoint)
+    checks = json.loads(done("doctor", "--json"))
+    assert {"gvsl-zoo", "packages", "device", "registry", "cache", "the Hub"} <= {check["what"] for check in checks}
+    lines = done("doctor").splitlines()
+    assert [line[:4] for line in lines] == ["PASS"] * len(checks)
+    hub.stop()  # without network much still works: a warning
+    text = done("doctor")
+    assert "WARN  the Hub: " in text and "\n      -> without network, use cached models or bundles" in text
+
+
+@pytest.mark.parametrize("what", ["registry", "cache"])
+def test_doctor_ends_with_1_where_something_fails(what, files, tmp_path, monkeypatch):
+    name = {"registry": "GVSL_ZOO_REGISTRY", "cache": "HF_HOME"}[what]
+    monkeypatch.setenv(name, str(files / "page.pth" / "below"))
+    result = run("doctor")
+    assert result.exit_code == 1 and f"FAIL  {what}: " in result.stdout and result.stderr == ""
+    result = run("doctor", "--json")
+    assert result.exit_code == 1 and [c["what"] for c in json.loads(result.stdout) if c["verdict"] == "FAIL"] == [what]
+
+
+def test_the_cache_is_listed_and_cleared(files, hub):
+    assert json.loads(done("cache", "list", "--json")) == {"models": [], "bytes": 0}
+    assert done("cache", "list").split() == ["0.0", "MB", "in", "all"]
+    done("import", "bundle.safetensors")
+    done("download", "theirs", "--from-file", "theirs.pth")
+    done("push", "./saved", REPO)
+    done("download", f"hf-hub:{REPO}")
+    facts = json.loads(done("cache", "list", "--json"))
+    on_hub = f"hf-hub:{REPO}@{hub.repos[REPO].branches['main']}"
+    assert [(m["name"], m["kind"]) for m in facts["models"]] == [
+        (DEFAULT_MODEL, "imported"),
+        ("theirs", "upstream"),
+        (on_hub, "hub"),
+    ]
+    assert facts["bytes"] == sum(model["bytes"] for model in facts["models"]) > 0
+    assert all(Path(model["path"]).exists() for model in facts["models"])
+    lines = done("cache", "list").splitlines()
+    assert [line.split()[-1] for line in lines] == [DEFAULT_MODEL, "theirs", on_hub, "all"]
+    assert lines[0].split()[:3] == [f"{facts['models'][0]['bytes'] / 1e6:.1f}", "MB", "imported"]
+    removed = json.loads(done("cache", "remove", "theirs", "--json"))
+    assert removed == {"models": [facts["models"][1]], "bytes": facts["models"][1]["bytes"]}
+    assert on_hub in done("cache", "remove", f"hf-hub:{REPO}")
+    assert [m["name"] for m in json.loads(done("cache", "list", "--json"))["models"]] == [DEFAULT_MODEL]
+
+
+def test_a_cache_of_ones_own_is_another_cache(files, tmp_path):
+    own = ["--cache-dir", tmp_path / "own"]
+    done("import", "bundle.safetensors", *own)
+    assert json.loads(done("cache", "list", "--json"))["models"] == []
+    [model] = json.loads(done("cache", "list", "--json", *own))["models"]
+    assert Path(model["path"]).is_relative_to(tmp_path / "own")
+    assert "(cache)" in done("verify", DEFAULT_MODEL, *own) and "(cache)" not in done("verify", DEFAULT_MODEL)
+    assert "(cache)" in done("doctor", *own)
+    refused(2, "is not in the caches", "cache", "remove", DEFAULT_MODEL)
+    done("cache", "remove", DEFAULT_MODEL, *own)
+
+
+BAD = [
+    (1, "did you mean 'theirs'", "download theirz"),
+    (1, f"released none; the nearest is '{DEFAULT_MODEL}'", "download gvsl-xmorpher-ct"),
+    (1, "theirs could not be had (Google Drive: ", "download theirs"),
+    (2, "--revision with the registry's theirs", "download theirs --revision main"),
+    (2, "--from-file with an hf-hub: name", "download hf-hub:org/model --from-file theirs.pth"),
+    (2, "names no repository; write hf-hub:org/repo", "download hf-hub:model"),
+    (1, "no/such does not exist, or is private", "download hf-hub:no/such"),
+    (1, "nothing.pth cannot be read: No such file", "download theirs --from-file nothing.pth"),
+    (1, "empty cannot be read: Is a directory", "download theirs --from-file empty"),
+    (1, "page.pth is not a weights file: it looks like a web page", "download theirs --from-file page.pth"),
+    (1, "pickle.pth is not a weights file: it looks like a pickle", "download theirs --from-file pickle.pth"),
+    (1, "evil.pth ", "download theirs --from-file evil.pth"),
+    (1, "wide.pth has width 16, theirs has 8", "download theirs --from-file wide.pth"),
+    (1, "theirs is a checkpoint of its authors (.pth)", "download theirs --from-file saved/model.safetensors"),
+    (2, "has no checkpoint of its authors", f"download {DEFAULT_MODEL} --from-file theirs.pth"),
+    (1, "saved/model.safetensors has sha256 ", f"download {DEFAULT_MODEL} --from-file saved/model.safetensors"),
+    (1, "nothing.pth cannot be read: No such file", "convert nothing.pth new.safetensors"),
+    (1, "empty", "convert empty new.safetensors"),
+    (1, "page.pth ", "convert page.pth new.safetensors"),
+    (1, "pickle.pth ", "convert pickle.pth new.safetensors"),
+    (1, "evil.pth ", "convert evil.pth new.safetensors"),
+    (1, "which exists already", "convert theirs.pth there.safetensors"),
+    (1, "a name that does not end in .safetensors", "convert theirs.pth new.pth"),
+    (1, "in a folder that does not exist", "convert theirs.pth none/new.safetensors"),
+    (1, "has width 16, theirs has 8", "convert wide.pth new.safetensors --name theirs"),
+    (1, "did you mean 'theirs'", "convert theirs.pth new.safetensors --name theirz"),
+    (
+        1,
+        "cannot be gvsl-unet-xray, of which no weights exist",
+        "convert theirs.pth new.safetensors --name gvsl-unet-xray",
+    ),
+    (1, "did you mean 'theirs'", "export theirz -o new.safetensors"),
+    (1, "is planned: ", "export gvsl-xmorpher-ct -o new.safetensors"),
+    (1, "theirs could not be had (Google Drive: ", "export theirs -o new.safetensors"),
+    (1, "there.safetensors exists already; choose another name, or", f"export {DEFAULT_MODEL} -o there.safetensors"),
+    (1, "the folder none does not exist", f"export {DEFAULT_MODEL} -o none/new.safetensors"),
+    (2, "is no folder and does not end in .safetensors", f"export {DEFAULT_MODEL} -o new.bin"),
+    (1, "nothing cannot be read: No such file", "import nothing"),
+    (2, "empty holds no bundle; give a folder of", "import empty"),
+    (1, "it looks like a web page", "import page.safetensors"),
+    (1, "it looks like a pickle", "import pickle.pth"),
+    (1, "it looks like a PyTorch .pth", "import evil.pth"),
+    (1, "saved/model.safetensors is no bundle; make one with", "import saved/model.safetensors"),
+    (1, "did you mean 'theirs'", "push theirz org/model"),
+    (1, "is planned: ", "push gvsl-xmorpher-ct org/model"),
+    (2, "theirs is its authors' and not for us to publish (ask them)", "push theirs org/model"),
+    (2, "'model' names no repository; write", "push ./saved model"),
+    (2, "'../x' is no revision", "push ./saved org/model --branch ../x"),
+    (1, "nothing/model.safetensors", "push ./nothing/model.safetensors org/model"),
+    (1, "it looks like a web page", "push page.safetensors org/model"),
+    (1, "there is no token on this machine; log in (hf auth login", "push ./saved org/model"),
+    (2, "verify needs names, or --all", "verify"),
+    (2, "verify needs names, or --all", "verify --all theirs"),
+    (1, "did you mean 'theirs'", "verify theirz"),
+    (2, "'nothing' is not in the caches; they hold nothing", "cache remove nothing"),
+]
+
+
+@pytest.mark.parametrize(("code", "text", "call"), BAD, ids=[call for *_, call in BAD])
+def test_a_bad_weights_call_fails_with_one_line_and_leaves_no_file(code, text, call, files, hub, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    before = names_in(files)
+    refused(code, text, *call.split())
+    refused(code, text, *call.split(), "--json")
+    assert names_in(files) == before and list(hub.repos) == []
+    assert not list((files.parent / "cache").rglob("*.partial"))
+
+
+LACKING = [
+    "download",
+    "convert",
+    "convert a.pth",
+    "export",
+    f"export {DEFAULT_MODEL}",
+    "import",
+    "push",
+    "push ./saved",
+]
+LACKING += ["cache", "cache remove", "cache nonsense", "doctor nonsense", "verify --nonsense", "download --nonsense x"]
+
+
+@pytest.mark.parametrize("call", LACKING)
+def test_a_weights_call_that_lacks_something_ends_with_2(call):
+    result = run(*call.split())
+    assert result.exit_code == 2 and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("name", sorted(main.commands["cache"].commands))
+def test_help_says_what_a_command_of_the_cache_does(name):
+    command = main.commands["cache"].commands[name]
+    text = done("cache", name, "--help")
+    assert command.help.strip().endswith(".") and command.help.split()[0] in text
+    for parameter in command.params:
+        if parameter.param_type_name == "option":
+            assert parameter.opts[-1] in text and parameter.help
+
+
+def test_an_output_that_exists_is_replaced_when_told(files):
+    for call in (["convert", "theirs.pth", "old.safetensors"], ["export", DEFAULT_MODEL, "-o", "old.safetensors"]):
+        Path("old.safetensors").write_bytes(b"old")
+        done(*call, "--overwrite")
+        assert Path("old.safetensors").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        ("convert page.pth new.safetensors", WeightsError),
+        ("download theirz", RegistryError),
+        ("export theirs -o new.safetensors", SourceError),
+        ("import empty", ArgumentError),
+    ],
+)
+def test_debug_gives_the_error_itself(call, error, files):
+    assert isinstance(run("--debug", *call.split()).exception, error)
+
+
+@pytest.mark.slow
+def test_processes_of_weights_commands_speak_json_on_one_stream_and_trace_only_on_request(files):
+    plain = process("convert", "theirs.pth", "new.safetensors", "--json", check=True)
+    assert json.loads(plain.stdout)["sha256"] == sha256_of("new.safetensors") and plain.stderr == ""
+    debug = process("--debug", "convert", "evil.pth", "other.safetensors")
+    assert (debug.returncode, debug.stdout) == (1, "")
+    assert "Traceback" in debug.stderr and "WeightsError" in debug.stderr
+
+
+def test_no_command_says_a_token(files, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    for call in ("push ./saved org/model", "download hf-hub:org/model", "doctor", "--debug push ./saved org/model"):
+        result = run(*call.split())
+        assert "hf_secret" not in result.output + str(result.exception)
