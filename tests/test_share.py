@@ -18,6 +18,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import hub_server
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -448,6 +449,9 @@ def test_a_fresh_process_loads_what_was_pushed_by_its_registry_lines_and_by_its_
     assert hub.bodies("cdn") == 1  # the second found it in the cache
 
 
+@pytest.mark.skipif(
+    huggingface_hub.__version__.startswith("1.0."), reason="1.0 cannot name a commit without changes on a mirror"
+)
 def test_an_unchanged_file_is_not_uploaded_again(hub):
     model = load(NANO)
     one = push_to_hub(model, REPO)
