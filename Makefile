@@ -27,6 +27,7 @@ examples: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.load
 	$(BIN)/python -m benchmarks.ncc
+	$(BIN)/python -m benchmarks.augment
 	$(BIN)/python scripts/model_table.py
 
 wheel: $(READY)

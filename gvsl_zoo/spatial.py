@@ -32,9 +32,30 @@ def sample(image: Tensor, coordinates: Tensor, *, mode: str = "bilinear", paddin
     mode: "bilinear" (linear along every axis) or "nearest". padding: "zeros" or "border" outside the image.
     """
     sizes = coordinates.new_tensor(image.shape[2:]).view(1, -1, *[1] * (coordinates.ndim - 2))
-    unit = (2 * coordinates + 1) / sizes - 1  # voxel centres lie half a voxel inside [-1, 1]
-    grid = unit.flip(1).movedim(1, -1)  # grid_sample wants (x, y, z) last
-    return F.grid_sample(image.to(grid.dtype), grid, mode=mode, padding_mode=padding, align_corners=False)
+    unit = coordinates.flip(1).mul_(2).add_(1).div_(sizes.flip(1)).sub_(1)  # centres lie half a voxel inside [-1, 1]
+    grid = unit.movedim(1, -1)  # grid_sample wants (x, y, z) last
+    image = image.to(grid.dtype)
+    if not _worth_sharing_out(image, grid):
+        return F.grid_sample(image, grid, mode=mode, padding_mode=padding, align_corners=False)
+    parts = math.gcd(torch.get_num_threads(), grid[0, ..., 0].numel())
+    read = []
+    for one, points in zip(image, grid, strict=True):
+        points = points.reshape(parts, -1, *[1] * (points.ndim - 2), points.shape[-1])
+        one = one.expand(parts, *one.shape)
+        values = F.grid_sample(one, points, mode=mode, padding_mode=padding, align_corners=False)
+        read.append(values.transpose(0, 1).reshape(len(image[0]), *grid.shape[1:-1]))
+    return torch.stack(read)
+
+
+def _worth_sharing_out(image: Tensor, grid: Tensor) -> bool:
+    """Whether to give each thread a part of the points: on the CPU grid_sample has one thread an entry of the batch.
+
+    Not when the image needs a gradient: its parts would be summed in another order.
+    """
+    if grid.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    idle = 0 < len(grid) < torch.get_num_threads() and len(image) == len(grid) and grid.numel() > 0
+    return idle and not (image.requires_grad and torch.is_grad_enabled())
 
 
 def warp(moving: Tensor, displacement: Tensor, *, mode: str = "bilinear") -> Tensor:

@@ -1,10 +1,11 @@
-"""Synthetic anatomy: an endless, seeded supply of thorax-like CT whose true correspondence is known.
+"""Synthetic anatomy: an endless, seeded supply of thorax-like CT and chest films whose true correspondence is known.
 
 One canonical thorax is drawn from analytic shapes, in millimetres around the middle of the chest. A subject is
 a smooth invertible map from its own voxels into that canonical space, plus an appearance: HU of every tissue,
 contrast agent, texture, noise, blur. All subjects share the topology, so any two are matched exactly through
 the canonical space. Arrays are (D, H, W) = (z, y, x), growing towards the head, the front and the patient's
-right (RAS+, stored in reverse).
+right (RAS+, stored in reverse). Films are (H, W) as one looks at them: from the head down, the patient's right
+on the left.
 """
 
 from __future__ import annotations
@@ -29,6 +30,15 @@ MAX_STRAIN = 0.7  # bound on |dv/dx| (row sum) of the elastic part: below 1 the 
 ELASTIC_MM = (12.0, 4.0)  # SD of its coefficients with knots 90 and 45 mm apart: moves tissue 4 mm (SD) an axis
 TOLERANCE_VOXELS = 0.03  # last step of the inversion; each step leaves less than `MAX_STRAIN` of the error
 BLOOD_HU = (40.0, 350.0)  # from no contrast agent to CT angiography
+WATER_PER_MM = 0.019  # attenuation of water at 70 keV, about the mean energy of a chest film (NIST: 0.193 / cm)
+FILM_PHOTONS = (1e4, 2e5)  # a pixel of the unattenuated beam: noise of 1 % over the lungs and 1 to 10 % over the spine
+FILM_LABELS: dict[str, tuple[str, ...]] = {  # channels of `Film.masks`, and the `LABELS` that each shows
+    "lung_left": ("lung_left",),
+    "lung_right": ("lung_right",),
+    "heart": ("myocardium", "left_ventricle", "right_ventricle", "left_atrium", "right_atrium"),
+    "spine": ("spine",),
+}
+SEEN_MM = 6.0  # a mask holds the pixels whose ray passes at least so much of the organ
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,21 @@ class Subject:
     labels: Tensor
     canonical: Tensor
     spacing_mm: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Film:
+    """One synthetic chest film.
+
+    image: grey values in [0, 1], bones bright, (H, W) float32. masks: whether the ray of a pixel passes
+    through each of `FILM_LABELS`, (4, H, W) bool; organs overlap. canonical: where each ray passes through the plane of
+    the canonical unit cube, (2, H, W) float32, channels (z, x). spacing_mm: pixel size (rows, columns).
+    """
+
+    image: Tensor
+    masks: Tensor
+    canonical: Tensor
+    spacing_mm: tuple[float, float]
 
 
 class Tissue(NamedTuple):
@@ -262,32 +287,39 @@ def _draw_spine(canvas: _Canvas) -> None:
 
 
 def _spline(coefficients: Tensor, positions: Sequence[Tensor]) -> Tensor:
-    """Cubic B-spline field (C, a, b, c) at a grid of positions, in knots from the first: -> (C, D, H, W)."""
+    """Cubic B-spline field (C, a, b[, c]) at a grid of positions, in knots from the first: -> (C, *grid)."""
     weights = []
     for axis, count in zip(positions, coefficients.shape[1:], strict=True):
         gap = (axis[:, None] - torch.arange(-1, count - 1)).abs()
         weights.append(torch.where(gap < 1, 2 / 3 - gap**2 + gap**3 / 2, (2 - gap).clamp_min(0) ** 3 / 6))
-    field = weights[1] @ (coefficients @ weights[2].T)
-    return torch.einsum("zi,ciyx->czyx", weights[0], field)
+    field = weights[-2] @ (coefficients @ weights[-1].T)
+    return torch.einsum("zi,ciyx->czyx", weights[0], field) if len(weights) == 3 else field
 
 
 def _noise(channels: int, extent_mm: Sequence[float], knot_mm: float, generator: torch.Generator) -> Tensor:
-    """White noise as coefficients of a B-spline over the extent: (channels, a, b, c), SD 1."""
+    """White noise as coefficients of a B-spline over the extent: (channels, a, b[, c]), SD 1."""
     return torch.randn(channels, *(math.ceil(e / knot_mm) + 4 for e in extent_mm), generator=generator)
 
 
 def _elastic(extent_mm: Sequence[float], strength: float, generator: torch.Generator) -> Tensor:
-    """Coefficients (3, a, b, c) in mm of a displacement v, weakened if |dv/dx| exceeds `MAX_STRAIN`."""
-    fine = _noise(3, extent_mm, CONTROL_MM, generator)
-    coarse = _noise(3, extent_mm, 2 * CONTROL_MM, generator)
-    coarse = F.interpolate(coarse[None], size=list(fine.shape[1:]), mode="trilinear", align_corners=True)[0]
+    """Coefficients (n, a, b[, c]) in mm of a displacement v, weakened if |dv/dx| exceeds `MAX_STRAIN`."""
+    ndim = len(extent_mm)
+    fine = _noise(ndim, extent_mm, CONTROL_MM, generator)
+    coarse = _noise(ndim, extent_mm, 2 * CONTROL_MM, generator)
+    coarse = _resize(coarse, fine.shape[1:])
     v = strength * (ELASTIC_MM[0] * coarse + ELASTIC_MM[1] * fine)
     step = 0.25  # knots between samples: the slope of a cubic spline hardly changes in between
     sampled = _spline(v, [torch.arange(0, e / CONTROL_MM + 2 * step, step) for e in extent_mm])
     inner = tuple(slice(n - 1) for n in sampled.shape[1:])
-    changes = torch.stack([sampled.diff(dim=d)[(slice(None), *inner)] for d in (1, 2, 3)])  # (3, 3, ...)
+    changes = torch.stack([sampled.diff(dim=d)[(slice(None), *inner)] for d in range(1, ndim + 1)])  # (n, n, ...)
     strain = changes.abs().sum(0).max().item() / (step * CONTROL_MM)  # largest row sum of dv/dx
     return v * min(1.0, MAX_STRAIN / max(strain, 1e-6))
+
+
+def _resize(field: Tensor, shape: Sequence[int]) -> Tensor:
+    """A field (C, *grid) at another number of points from its first to its last, linearly."""
+    mode = "trilinear" if len(shape) == 3 else "bilinear"
+    return F.interpolate(field[None], size=list(shape), mode=mode, align_corners=True)[0]
 
 
 def _pose(variation: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -350,23 +382,96 @@ def sample_subject(
     hu = hu_of[tissue].addcmul_(texture_of[tissue], texture.flatten(), value=2.0)  # the spline of noise has SD 0.4
     noise_hu = math.exp(_uniform(math.log(5.0), math.log(60.0), generator))  # before the blur
     hu = hu.add_(torch.randn(hu.shape, generator=generator), alpha=noise_hu).view(shape)
-    weight = _uniform(0.1, 0.45, generator)  # of the two neighbours on each axis: SD 0.3 to 0.7 voxel
-    for axis in range(3):
-        first, last = hu.narrow(axis, 0, 1), hu.narrow(axis, -1, 1)
-        neighbours = torch.cat((first, hu.narrow(axis, 0, shape[axis] - 1)), axis)
-        neighbours += torch.cat((hu.narrow(axis, 1, shape[axis] - 1), last), axis)
-        hu = torch.lerp(hu, neighbours / 2, weight)
+    hu = _blur(hu, _uniform(0.1, 0.45, generator))
     label_of = torch.tensor([LABELS[t.label] for t in TISSUES.values()], dtype=torch.uint8)
     return Subject(hu.clamp_(-1024), label_of[tissue].view(shape), canonical.view(3, *shape), spacing_mm)
 
 
+def _blur(image: Tensor, weight: float) -> Tensor:
+    """Give each voxel's neighbours `weight` along every axis: 0.1 to 0.45 is an SD of 0.3 to 0.7 voxel."""
+    for axis, size in enumerate(image.shape):
+        first, last = image.narrow(axis, 0, 1), image.narrow(axis, -1, 1)
+        neighbours = torch.cat((first, image.narrow(axis, 0, size - 1)), axis)
+        neighbours += torch.cat((image.narrow(axis, 1, size - 1), last), axis)
+        image = torch.lerp(image, neighbours / 2, weight)
+    return image
+
+
+@lru_cache(maxsize=1)
+def canonical_paths() -> Tensor:
+    """How far a ray from back to front passes through each of `TISSUES`, (tissues, 200, 200) mm, axes (z, x)."""
+    atlas = canonical_tissues()
+    return torch.stack([(atlas == i).sum(1) for i in range(len(TISSUES))]) * (CANONICAL_MM / ATLAS_EDGE)
+
+
+def sample_film(
+    shape: tuple[int, int],
+    generator: torch.Generator,
+    spacing_mm: tuple[float, float] | None = None,
+    variation: float = 1.0,
+) -> Film:
+    """Draw one chest film; the same generator state gives the same bits.
+
+    A film is the canonical thorax projected from back to front by parallel rays. Its subject is deformed across the
+    rays only, by a smooth invertible map of (z, x) that is the same at all depths, and stretched along them; so the
+    projection of the deformed thorax is exactly the deformed projection, and two films match exactly through the
+    canonical plane: see `true_displacement`. (Under a general 3D deformation no 2D displacement would be true.)
+
+    Args:
+        shape: (H, W) in pixels, at least 2 each.
+        generator: CPU generator, the only source of randomness.
+        spacing_mm: pixel size (rows, columns); by default the same, the wider axis spanning about 350 mm.
+        variation: strength of pose and deformation; 0 puts the canonical thorax in the middle of the film.
+    """
+    if len(shape) != 2 or min(shape) < 2:
+        raise ArgumentError(f"shape {tuple(shape)} is not a film", "give (H, W), at least 2 pixels each")
+    if spacing_mm is None:
+        spacing_mm = (FIELD_OF_VIEW_MM * _uniform(0.9, 1.1, generator) / max(shape),) * 2
+    extent_mm = [(n - 1) * s for n, s in zip(shape, spacing_mm, strict=True)]
+    position_mm = [torch.arange(n) * s for n, s in zip(shape, spacing_mm, strict=True)]
+
+    # Shape: as of a subject, but in the plane, and turned round: rows run from the head down, columns to the left.
+    moved = _spline(_elastic(extent_mm, variation, generator), [p / CONTROL_MM for p in position_mm])
+    for axis, (position, extent) in enumerate(zip(position_mm, extent_mm, strict=True)):
+        moved[axis] += (position - extent / 2).view([-1 if d == axis else 1 for d in range(2)])
+    noise = variation * torch.randn(7, generator=generator)
+    angle = 0.06 * noise[0]  # rad, SD 3.5 degrees
+    matrix = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos())).view(2, 2)
+    matrix = -matrix * torch.exp(0.06 * noise[1:3] + 0.06 * noise[3])  # build: each axis 6 %, size 6 %
+    offset_mm = noise[4:6] * torch.tensor([14.0, 6.0])
+    canonical = (matrix @ moved.flatten(1)).add_(offset_mm[:, None]).div_(CANONICAL_MM).add_(0.5).view(2, *shape)
+
+    # Beer-Lambert: the logarithm of what is left of the beam is the sum of attenuation over the path.
+    low, high = (torch.tensor([getattr(t, name) for t in TISSUES.values()]) for name in ("low", "high"))
+    hu = low + (high - low) * torch.rand(len(TISSUES), generator=generator)
+    per_mm = WATER_PER_MM * torch.exp(0.08 * noise[6]) * (1 + hu / 1000).clamp_min(0)  # a deeper chest: 8 %
+    paths = canonical_paths()
+    within = [[float(t.label in labels) for t in TISSUES.values()] for labels in FILM_LABELS.values()]
+    layers = torch.tensordot(torch.cat([per_mm[None], torch.tensor(within)]), paths, dims=1)  # (1 + 4, 200, 200)
+    grid = (2 * canonical - 1).flip(0).movedim(0, -1)  # canonical voxels are cells: their centres lie inside
+    read = F.grid_sample(layers[None], grid[None], padding_mode="border", align_corners=False)[0]
+
+    # Appearance: uneven soft tissue, photons counted, the detector's blur, and the S-shaped curve of a film.
+    knot_mm = _uniform(8.0, 20.0, generator)
+    texture = _spline(_noise(1, extent_mm, knot_mm, generator), [p / knot_mm for p in position_mm])[0]
+    attenuation = read[0] * (1 + 0.02 * texture)
+    photons = math.exp(_uniform(math.log(FILM_PHOTONS[0]), math.log(FILM_PHOTONS[1]), generator))
+    counts = torch.poisson(photons * torch.exp(-attenuation), generator=generator).clamp_min(1)
+    measured = _blur(math.log(photons) - counts.log(), _uniform(0.1, 0.45, generator))
+    middle, width = _uniform(0.48, 0.62, generator), _uniform(0.12, 0.2, generator)  # of the strongest attenuation
+    grey = torch.sigmoid((measured / attenuation.max() - middle) / width)
+    black, white = (1 / (1 + math.exp((middle - end) / width)) for end in (0.0, 1.0))
+    image = ((grey - black) / (white - black)).clamp(0, 1)
+    return Film(image, read[1:] >= SEEN_MM, canonical, spacing_mm)
+
+
 def _voxels(shape: Sequence[int]) -> Tensor:
-    """Voxel positions, (3, D, H, W) float32, channels (z, y, x)."""
+    """Voxel positions, (n, *shape) float32, channels in index order."""
     return torch.stack(torch.meshgrid([torch.arange(float(n)) for n in shape], indexing="ij"))
 
 
 def _affine_fit(canonical: Tensor) -> tuple[Tensor, Tensor]:
-    """Least-squares affine map voxel -> canonical, (3, 3) and (3,); on a full grid the axes decouple."""
+    """Least-squares affine map voxel -> canonical, (n, n) and (n,); on a full grid the axes decouple."""
     voxels, values = _voxels(canonical.shape[1:]).flatten(1), canonical.flatten(1)
     middle = voxels.mean(1, keepdim=True)
     centred = voxels - middle
@@ -375,37 +480,43 @@ def _affine_fit(canonical: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sample(canonical: Tensor, affine: Tensor, points: Tensor) -> Tensor:
-    """Canonical map (3, D, H, W) at voxel positions (3, d, h, w), continued along `affine` outside."""
-    last = torch.tensor(canonical.shape[1:]).sub(1).view(3, 1, 1, 1)
+    """Canonical map (n, *shape) at voxel positions (n, *grid), continued along `affine` outside."""
+    last = torch.tensor(canonical.shape[1:]).sub(1).view(-1, *[1] * (points.ndim - 1))
     inside = torch.minimum(points.clamp_min(0), last)
-    grid = (2 * inside / last - 1).flip(0).movedim(0, -1)  # (d, h, w, 3), x first
+    grid = (2 * inside / last - 1).flip(0).movedim(0, -1)  # (*grid, n), x first
     value = F.grid_sample(canonical[None], grid[None], mode="bilinear", align_corners=True)[0]
-    return value + torch.einsum("ij,jzyx->izyx", affine, points - inside)
+    return value + _apply(affine, points - inside)
 
 
-def true_displacement(fixed: Subject, moving: Subject) -> Tensor:
+def _apply(matrix: Tensor, points: Tensor) -> Tensor:
+    """Matrix (n, n) on a field (n, *grid)."""
+    return torch.einsum("ij,j...->i...", matrix, points)
+
+
+def true_displacement(fixed: Subject | Film, moving: Subject | Film) -> Tensor:
     """The u that puts `moving` onto `fixed`: moving at x + u(x) is the anatomical point of fixed at x.
 
     The canonical map of `moving` is inverted by fixed-point iteration, y <- y + A^-1 (c_fixed(x) - c_moving(y))
     with A its affine part, at every fourth voxel and then at all. Where the point lies outside the moving field
     of view so does x + u(x), found by continuing the map affinely: leave such points out of a score.
 
-    Returns: (3, D, H, W) on the grid of `fixed`, in voxels of `moving`, channels (z, y, x), exact to 0.05 voxel.
+    Returns: (3, D, H, W) for subjects or (2, H, W) for films, on the grid of `fixed`, in voxels of `moving`, channels
+        in index order, exact to 0.05 voxel.
     """
+    shape = list(fixed.canonical.shape[1:])
+    if len(shape) != moving.canonical.ndim - 1:
+        raise ArgumentError("a subject and a film have no true displacement", "give two subjects or two films")
     affine, constant = _affine_fit(moving.canonical)
     inverse = torch.linalg.inv(affine)
 
     def solve(target: Tensor, points: Tensor) -> Tensor:
         for _ in range(40):
-            step = torch.einsum("ij,jzyx->izyx", inverse, target - _sample(moving.canonical, affine, points))
+            step = _apply(inverse, target - _sample(moving.canonical, affine, points))
             points = points + step
             if step.abs().max() < TOLERANCE_VOXELS:
                 break
         return points
 
-    shape = list(fixed.hu.shape)
-    coarse = [max(2, math.ceil(n / 4)) for n in shape]
-    target = F.interpolate(fixed.canonical[None], size=coarse, mode="trilinear", align_corners=True)[0]
-    start = solve(target, torch.einsum("ij,jzyx->izyx", inverse, target - constant.view(3, 1, 1, 1)))
-    start = F.interpolate(start[None], size=shape, mode="trilinear", align_corners=True)[0]
-    return solve(fixed.canonical, start) - _voxels(shape)
+    target = _resize(fixed.canonical, [max(2, math.ceil(n / 4)) for n in shape])
+    start = solve(target, _apply(inverse, target - constant.view(-1, *[1] * len(shape))))
+    return solve(fixed.canonical, _resize(start, shape)) - _voxels(shape)
