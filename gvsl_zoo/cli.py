@@ -402,3 +402,47 @@ def demo_command(scan: Path | None, output: Path, name: str, device: str, as_jso
     result = run_demo(model, output, read_volume(scan) if scan else None, say)  # type: ignore[arg-type]
     facts = {k: str(v) if isinstance(v, Path) else v for k, v in result._asdict().items()}
     show(facts, as_json)
+
+
+# --- Making models ----------------------------------------------------------------------------------------------
+
+
+@main.command("prepare")
+@click.option("-i", "--input", "source", required=True, type=click.Path(path_type=Path), help="Folder of scans.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The store: a folder.")
+@click.option("--spacing-mm", type=float, default=1.0, show_default=True, help="Isotropic; not used in 2D.")
+@click.option("--own-spacing", is_flag=True, help="Keep each scan's own spacing instead.")
+@click.option("--unit", type=click.Choice(["HU", "arbitrary", "grey"]), help="Default HU in 3D, grey in 2D.")
+@click.option("--ndim", type=click.Choice(["2", "3"]), default="3", show_default=True, help="2: films, .png.")
+@click.option("--table", type=click.Path(path_type=Path), help="CSV that chooses files: path, subject, stratum.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
+@click.option("--cluster", help="A dask scheduler (tcp://HOST:PORT), whose workers are used instead.")
+@with_json
+def prepare_command(
+    source: Path,
+    output: Path,
+    spacing_mm: float,
+    own_spacing: bool,
+    unit: str | None,
+    ndim: str,
+    table: Path | None,
+    workers: int,
+    cluster: str | None,
+    as_json: bool,
+) -> None:
+    """Bring a folder of scans into a store to pre-train on. Run it again to go on, or after scans were added."""
+    from .pretrain.prepare import prepare_store
+
+    with progress_bar("prepare") as progress:
+        report = prepare_store(
+            source,
+            output,
+            spacing_mm=None if own_spacing else spacing_mm,
+            unit=unit or ("HU" if ndim == "3" else "grey"),
+            ndim=int(ndim),
+            table=table,
+            workers=workers,
+            cluster=cluster,
+            progress=progress,
+        )
+    show(report.to_dict(), as_json)
