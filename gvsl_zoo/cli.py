@@ -446,3 +446,77 @@ def prepare_command(
             progress=progress,
         )
     show(report.to_dict(), as_json)
+
+
+@main.command("pretrain")
+@click.option("--data", default="synthetic", show_default=True, help="synthetic, or a store that 'prepare' wrote.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option("--steps", required=True, type=click.IntRange(1), help="Steps of the whole run.")
+@click.option("--preset", type=click.Choice(["nano", "small", "base"]), default="nano", show_default=True)
+@click.option("--objective", help="gvsl, restoration, matching or no-affine.  [default: gvsl]")
+@click.option("--batch-size", type=click.IntRange(1), help="Pairs a process.")
+@click.option("--crop", type=click.IntRange(16), help="Voxels an axis.")
+@click.option("--seed", type=click.IntRange(0), help="Decides every draw.  [default: 0]")
+@click.option("--save-every", type=click.IntRange(1), help="Steps between checkpoints.")
+@click.option("--set", "others", multiple=True, metavar="NAME=VALUE", help="Any other setting of PretrainConfig.")
+@click.option("--init", help="Start from the weights of this model: a registry name or a path.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
+@click.option("--workers", type=click.IntRange(0), default=1, show_default=True, help="Processes that draw ahead.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--dry-run", is_flag=True, help="Take three steps and estimate time and memory; write nothing.")
+@with_json
+def pretrain_command(
+    data: str,
+    out: Path,
+    steps: int,
+    preset: str,
+    others: tuple[str, ...],
+    init: str | None,
+    resume: bool,
+    workers: int,
+    device: str,
+    dry_run: bool,
+    as_json: bool,
+    **named: Any,
+) -> None:
+    """Pre-train a backbone by matching anatomy, on synthetic anatomy and on scans of your own.
+
+    torchrun --nproc_per_node N -m gvsl_zoo pretrain ... trains on N devices.
+    """
+    from .pretrain.config import settings_of
+    from .pretrain.data import open_data
+    from .pretrain.estimate import estimate
+    from .pretrain.loop import pretrain
+    from .pretrain.run import finished
+    from .zoo import load
+
+    config = settings_of(preset, steps, named, others)
+    if (out / "checkpoints").exists() and not (resume or dry_run):
+        raise ArgumentError(f"{out} holds a run", "add --resume to go on with it, or choose another folder")
+    real = open_data(data, config)
+    start = load(init, task="pretraining") if init else None
+    if dry_run:
+        show(estimate(config, real, device, workers), as_json)
+        return
+    with training_bar(config.steps) as progress:
+        pretrain(config, out, real, device=device, workers=workers, init=start, progress=progress)  # type: ignore[arg-type]
+    show(finished(out), as_json)
+
+
+@contextmanager
+def training_bar(steps: int) -> Iterator[Callable[[dict[str, float]], None]]:
+    """A bar with the terms of the loss, steps a second and the time left; nothing where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=steps)
+
+        def advance(record: dict[str, float]) -> None:
+            terms = [f"{name} {record[name]:.3f}" for name in ("ncc", "smoothness", "restoration") if name in record]
+            text = f"{', '.join(terms)}, {1 / record['seconds']:.1f} steps/s"
+            bar.update(task, completed=record["step"], description=text)
+
+        yield advance

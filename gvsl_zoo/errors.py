@@ -43,5 +43,9 @@ class WeightsError(GvslZooError):
     """A weights file that is damaged, dangerous, or not the one that was asked for."""
 
 
+class TrainingError(GvslZooError):
+    """A training run that cannot start, go on or be saved."""
+
+
 class VolumeError(GvslZooError):
     """An image file that cannot be read, trusted or written."""

@@ -207,6 +207,45 @@ def draw(rows: Sequence[Row], title: str, path: str | os.PathLike[str]) -> None:
     _save(figure, Path(path))
 
 
+def curves_picture(log: Sequence[Mapping[str, float]], path: str | os.PathLike[str], *, title: str = "") -> None:
+    """Learning curves of a run: the terms of the loss, matching before and after, and what the terms hide.
+
+    Args: log: the run's records, in order.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise GvslZooError("pictures need matplotlib", 'pip install "gvsl-zoo[viz]"') from error
+    figure = Figure((WIDTH, 4.4), dpi=DPI, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title or "A pre-training run", size=15, weight="bold", color=INK)
+    left, middle, right = figure.subplots(1, 3)
+    terms = [key for key in log[0] if key not in ("step", "gradient", "seconds") and key in log[-1]]
+    window = max(1, len(log) // 100)
+    for term in terms:
+        values = np.convolve([record[term] for record in log], np.ones(window) / window, "valid")
+        left.plot([record["step"] for record in log[window - 1 :]], values, label=term, lw=1.4)
+    left.set(title=f"loss, mean of {window} steps", yscale="log")
+    checks = [record for record in log if "ncc_after" in record]
+    steps = [record["step"] for record in checks]
+    for axes, names, what in (
+        (middle, ("ncc_before", "ncc_after", "dice_before", "dice_affine", "dice_after"), "matching held-out pairs"),
+        (right, ("affine_sd", "bottleneck_sd", "folded"), "signs of life, and folding"),
+    ):
+        for name in names:
+            style = "--" if name.endswith("before") else "-"
+            axes.plot(
+                steps, [record[name] for record in checks], style, marker=".", label=name.replace("_", " "), lw=1.4
+            )
+        axes.set(title=what)
+    for axes in (left, middle, right):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8, framealpha=0.8, edgecolor="none")
+    _save(figure, Path(path))
+
+
 def _show(axes: Any, panel: Panel, inches: float) -> Any:
     """The picture, its orientation letters and, where asked for, a scale bar."""
     from matplotlib.patheffects import withStroke

@@ -4,24 +4,43 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from gvsl_zoo.errors import ArgumentError
+from gvsl_zoo import load
+from gvsl_zoo.errors import ArgumentError, TrainingError
 from gvsl_zoo.losses import restoration_loss
+from gvsl_zoo.models.gvsl import GVSL
+from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.pretrain import loop
-from gvsl_zoo.pretrain.config import PretrainConfig
-from gvsl_zoo.pretrain.data import Scan, ScanPairs, SyntheticPairs
+from gvsl_zoo.pretrain.anatomy import sample_subject, true_displacement
+from gvsl_zoo.pretrain.config import PRESETS, PretrainConfig
+from gvsl_zoo.pretrain.data import EASIEST_VARIATION, Numbers, Pair, Pairs, Scan, ScanPairs, SyntheticPairs, seeded
+from gvsl_zoo.pretrain.objective import Batch, Pretraining, contrast_loss, known_error, make_batch
+from gvsl_zoo.pretrain.run import Run, State
+from gvsl_zoo.pretrain.validate import organ_dice, psnr, validate
 
+pytest.importorskip("accelerate")
 CROP = (16, 16, 16)
+CPU = torch.device("cpu")
 TERMS = ("ncc", "smoothness", "restoration")
+TINY = {"affine_width": 8, "crop": CROP, "spacing_mm": 12.0, "save_every": 2, "warmup_steps": 2, "bf16": False}
+KNOWN = {"displacement": 0.1, "affine": 0.1, "contrast": 0.1}
 
 
 def settings(steps=4, **changed):
-    tiny = {"affine_width": 8, "crop": CROP, "spacing_mm": 12.0, "save_every": 2, "warmup_steps": 2, "bf16": False}
-    return PretrainConfig(steps=steps, **tiny | changed)
+    return PretrainConfig(steps=steps, **TINY | changed)
+
+
+def train(folder, *args, **options):
+    return loop.pretrain(settings(*args, **options), folder, device="cpu")
 
 
 def records(folder):
@@ -30,6 +49,14 @@ def records(folder):
 
 def untimed(log):
     return [{k: v for k, v in record.items() if k != "seconds"} for record in log]
+
+
+def steps_saved(folder):
+    return sorted(int(path.name) for path in (folder / "checkpoints").glob("[0-9]*"))
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def scans(*regions, size=(20, 18, 24)):
@@ -42,126 +69,231 @@ def subject(image):
     return round(10 * image.max().item())
 
 
-def interrupt_after(monkeypatch, function, calls, error):
-    """Let a function of the loop run so many times, then raise."""
-    original, left = getattr(loop, function), iter(range(calls))
+def batch(numbers=(0, 1), **changed):
+    config = settings(**changed)
+    pairs = Pairs(config, None, 1)
+    return make_batch([pairs[k] for k in numbers], list(numbers), config, CPU)
+
+
+def interrupt_after(monkeypatch, calls, error):
+    """Let so many forward passes through, then raise."""
+    original, left = Pretraining.forward, iter(range(calls))
 
     def interrupted(*arguments):
         if next(left, None) is None:
             raise error
         return original(*arguments)
 
-    monkeypatch.setattr(loop, function, interrupted)
+    monkeypatch.setattr(Pretraining, "forward", interrupted)
+
+
+# --- What a run writes --------------------------------------------------------------------------------------
 
 
 def test_a_run_logs_every_step_with_its_terms(tmp_path):
-    model = loop.pretrain(settings(3), tmp_path)
+    model = train(tmp_path, 3)
     log = records(tmp_path)
     assert [record["step"] for record in log] == [1, 2, 3]
     for record in log:
         assert record["loss"] == pytest.approx(sum(record[term] for term in TERMS), rel=1e-5)
+        assert record["gradient"] > 0 and record["seconds"] > 0
     for record in log[1:]:  # step 2: save_every; step 3: the last
-        assert {"ncc_before", "ncc_after", "folded"} <= record.keys()
+        assert {"ncc_before", "ncc_after", "dice_before", "dice_affine", "dice_after", "folded"} <= record.keys()
+        assert {"affine_sd", "bottleneck_sd", "mean_displacement", "psnr_restored"} <= record.keys()
     assert not model.training
-    assert {path.name for path in tmp_path.iterdir()} == {"log.jsonl", "checkpoint.pt"}
+    names = {"log.jsonl", "config.json", "checkpoints", "model.safetensors", "curves.png", "pair.png", ".lock"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_a_runs_folder_opens_with_load(tmp_path):
+    model = train(tmp_path / "my run", 2)
+    again = load(tmp_path / "my run", task="pretraining")
+    assert same(again.state_dict(), model.state_dict())
+    assert again.entry.name == "gvsl-my-run" and "seed 0" in again.entry.training.recipe
+    assert load(tmp_path / "my run", features_only=True).feature_info.channels() == [8, 16, 32, 64, 128]
+
+
+def test_averaged_weights_are_the_ones_that_are_kept(tmp_path):
+    model = train(tmp_path, 3, ema=0.5)
+    raw = Run(tmp_path, settings(3, ema=0.5)).latest().tensors["model"]
+    assert same(load(tmp_path, task="pretraining").state_dict(), model.state_dict())
+    assert not same(raw, model.state_dict())
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path):
+    train(tmp_path, 7, save_every=1, keep_last=3)
+    assert steps_saved(tmp_path) == [5, 6, 7]
+
+
+# --- Going on -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    return loop.pretrain(settings(), folder).state_dict(), records(folder)
+    return train(folder, 6, ema=0.9).state_dict(), records(folder)
 
 
-@pytest.mark.parametrize("calls", [2, 3])
+@pytest.mark.parametrize("calls", [1, 3, 5])
 def test_an_interrupted_run_ends_bit_identical_to_an_uninterrupted_one(tmp_path, monkeypatch, uninterrupted, calls):
     with monkeypatch.context() as patch:
-        interrupt_after(patch, "losses", calls, KeyboardInterrupt("power cut"))
+        interrupt_after(patch, calls, KeyboardInterrupt("power cut"))
         with pytest.raises(KeyboardInterrupt, match="power cut"):
-            loop.pretrain(settings(), tmp_path)
-    resumed = loop.pretrain(settings(), tmp_path).state_dict()
-    weights, log = uninterrupted
-    assert resumed.keys() == weights.keys()
-    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
-    assert untimed(records(tmp_path)[-2:]) == untimed(log[-2:])
-
-
-def test_the_log_of_a_resumed_run_has_every_step_once(tmp_path, monkeypatch, uninterrupted):
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, "losses", 3, KeyboardInterrupt("power cut"))  # a step after the last checkpoint
-        with pytest.raises(KeyboardInterrupt, match="power cut"):
-            loop.pretrain(settings(), tmp_path)
-    loop.pretrain(settings(), tmp_path)
+            train(tmp_path, 6, ema=0.9)
+    assert same(train(tmp_path, 6, ema=0.9).state_dict(), uninterrupted[0])
     assert untimed(records(tmp_path)) == untimed(uninterrupted[1])
+
+
+@pytest.mark.parametrize("changed", [{"accumulate": 2}, {"batch_size": 2}, KNOWN, {"objective": "no-affine"}], ids=str)
+def test_every_kind_of_run_goes_on_bit_for_bit(tmp_path, monkeypatch, changed):
+    whole = train(tmp_path / "whole", **changed).state_dict()
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3 * changed.get("accumulate", 1), KeyboardInterrupt("power cut"))
+        with pytest.raises(KeyboardInterrupt, match="power cut"):
+            train(tmp_path / "cut", **changed)
+    assert same(train(tmp_path / "cut", **changed).state_dict(), whole)
 
 
 def test_a_run_interrupted_while_saving_keeps_the_checkpoint_before(tmp_path, monkeypatch, uninterrupted):
     with monkeypatch.context() as patch:
-        original, left = os.fsync, iter(range(1))
+        original = Path.rename
 
-        def full_disk(descriptor):
-            if next(left, None) is None:
-                raise OSError("no space left on device")
-            original(descriptor)
+        def full_disk(path, target):
+            if path.name == ".00000004.partial":
+                raise OSError(28, "No space left on device")
+            return original(path, target)
 
-        patch.setattr(os, "fsync", full_disk)
-        with pytest.raises(OSError, match="no space left"):
-            loop.pretrain(settings(), tmp_path)
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
-    resumed = loop.pretrain(settings(), tmp_path).state_dict()
-    assert all(torch.equal(resumed[name], tensor) for name, tensor in uninterrupted[0].items())
-    assert not list(tmp_path.glob("*.partial"))
+        patch.setattr(Path, "rename", full_disk)
+        with pytest.raises(TrainingError, match=r"step 4 cannot be written .*No space left; free space|No space left"):
+            train(tmp_path, 6, ema=0.9)
+    assert steps_saved(tmp_path) == [2] and not list((tmp_path / "checkpoints").glob(".*"))
+    assert same(train(tmp_path, 6, ema=0.9).state_dict(), uninterrupted[0])
 
 
-def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch, uninterrupted):
-    loop.pretrain(settings(2), tmp_path)
-    interrupt_after(monkeypatch, "losses", 0, AssertionError("it trained"))
+@pytest.mark.parametrize("damage", ["flipped", "short", "no state", "no model"])
+def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, uninterrupted, damage):  # T4
+    train(tmp_path, 6, ema=0.9)
+    newest = tmp_path / "checkpoints" / "00000006"
+    target = newest / ("state.json" if damage == "no state" else "ema.safetensors")
+    content = bytearray(target.read_bytes())
+    content[-1] ^= 1
+    target.unlink()
+    if damage in ("flipped", "short"):
+        target.write_bytes(content[: len(content) // (2 if damage == "short" else 1)])
+    with pytest.warns(UserWarning, match="00000006 is passed over"):
+        again = train(tmp_path, 6, ema=0.9)
+    assert same(again.state_dict(), uninterrupted[0])
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
+    train(tmp_path, 2)
+    interrupt_after(monkeypatch, 0, AssertionError("it trained"))
     before = (tmp_path / "log.jsonl").read_text()
-    loop.pretrain(settings(2), tmp_path)
+    train(tmp_path, 2)
     assert (tmp_path / "log.jsonl").read_text() == before
 
 
-def test_a_run_goes_on_only_with_its_own_settings(tmp_path):
-    loop.pretrain(settings(1), tmp_path)
-    with pytest.raises(
-        ArgumentError, match=r"other settings: steps 1 -> 2, learning_rate 0\.002 -> 0\.01; use the same"
-    ):
-        loop.pretrain(settings(2, learning_rate=0.01), tmp_path)
+def test_a_run_goes_on_only_with_its_own_settings(tmp_path):  # T16
+    train(tmp_path, 1)
+    with pytest.raises(ArgumentError, match=r"other settings: steps 1 -> 2, learning_rate 0\.002 -> 0\.01; use the"):
+        train(tmp_path, 2, learning_rate=0.01)
+
+
+def test_a_run_goes_on_only_with_as_many_pairs_a_step(tmp_path):  # T15
+    train(tmp_path, 2)
+    state = tmp_path / "checkpoints" / "00000002" / "state.json"
+    state.write_text(state.read_text().replace('"pairs_a_step": 1', '"pairs_a_step": 2'))
+    with pytest.raises(ArgumentError, match="took 2 pairs a step, these processes take 1"):
+        train(tmp_path, 2)
+
+
+def test_a_checkpoint_of_a_later_version_is_refused(tmp_path):  # T19
+    train(tmp_path, 2)
+    state = tmp_path / "checkpoints" / "00000002" / "state.json"
+    state.write_text(state.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(TrainingError, match=r"was written by gvsl-zoo .*; upgrade"):
+        train(tmp_path, 2)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):  # T17
+    with Run(tmp_path, settings()).locked(), pytest.raises(TrainingError, match="another run is writing"):
+        train(tmp_path)
 
 
 def test_another_seed_gives_another_run(tmp_path, uninterrupted):
-    loop.pretrain(settings(1, seed=5), tmp_path)
+    train(tmp_path, 1, seed=5)
     assert records(tmp_path)[0]["loss"] != uninterrupted[1][0]["loss"]
 
 
 def test_a_run_does_not_depend_on_the_global_generator(tmp_path, uninterrupted):
     torch.manual_seed(99)
-    loop.pretrain(settings(), tmp_path)
+    train(tmp_path, 6, ema=0.9)
     assert [record["loss"] for record in records(tmp_path)] == [record["loss"] for record in uninterrupted[1]]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
-    original = loop.losses
-    spoil = iter((1.0, 1.0, float("nan")))
-    monkeypatch.setattr(loop, "losses", lambda *a: {k: v * f for f in [next(spoil)] for k, v in original(*a).items()})
+def test_pairs_drawn_ahead_by_workers_are_the_same(tmp_path, uninterrupted):
+    loop.pretrain(settings(6, ema=0.9), tmp_path, device="cpu", workers=1)
+    assert untimed(records(tmp_path)) == untimed(uninterrupted[1])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, monkeypatch):  # T5
+    original, spoil = Pretraining.forward, iter((1.0, 1.0, float("nan")))
+    monkeypatch.setattr(
+        Pretraining, "forward", lambda *a: {k: v * f for f in [next(spoil)] for k, v in original(*a).items()}
+    )
     with pytest.raises(
-        ArgumentError, match=r"loss became nan and its gradient nan at step 2; .*lower the learning rate"
+        TrainingError, match=r"loss became nan and its gradient nan at step 2; .*lower the learning rate"
     ):
-        loop.pretrain(settings(), tmp_path)
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
+        train(tmp_path)
+    assert steps_saved(tmp_path) == [2]
+    assert all(tensor.isfinite().all() for tensor in Run(tmp_path, settings()).latest().tensors["model"].values())
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(tmp_path, monkeypatch):
-    original, steps = loop.losses, iter(range(10))
+    original, steps = Pretraining.forward, iter(range(10))
 
-    def spoiled(model, *arguments):
-        zero = sum(p.sum() for p in model.parameters()) * 0  # finite, but the slope of its root is not
-        return original(model, *arguments) | ({"root": zero.sqrt()} if next(steps) == 1 else {})
+    def spoiled(self, *arguments):
+        zero = sum(p.sum() for p in self.model.parameters()) * 0  # finite, but the slope of its root is not
+        return original(self, *arguments) | {"root": zero.sqrt() * float(next(steps) == 1)}
 
-    monkeypatch.setattr(loop, "losses", spoiled)
-    with pytest.raises(ArgumentError, match=r"(loss|gradient).* at step"):
-        loop.pretrain(settings(), tmp_path)
-    saved = [torch.load(path, weights_only=True)["model"] for path in tmp_path.glob("checkpoint.pt")]
-    assert all(tensor.isfinite().all() for model in saved for tensor in model.values())
+    monkeypatch.setattr(Pretraining, "forward", spoiled)
+    with pytest.raises(TrainingError, match=r"gradient (nan|inf) at step"):
+        train(tmp_path)
+    assert steps_saved(tmp_path) == []
+
+
+def test_a_run_may_start_from_weights_that_exist(tmp_path):
+    start = GVSL(UNet(3, 8), affine_width=8)
+    untouched = {name: tensor.clone() for name, tensor in start.state_dict().items()}
+    loop.pretrain(settings(1, learning_rate=0.0), tmp_path, device="cpu", init=start)
+    assert same(load(tmp_path, task="pretraining").state_dict(), untouched)
+    with pytest.raises(ArgumentError, match="other tensors than a run of width 8, affine_width 8"):
+        loop.pretrain(settings(1), tmp_path / "wide", device="cpu", init=GVSL(UNet(3, 16)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"objective": "contrastive"}, "objective 'contrastive'"),
+        ({"crop": (16, 16)}, r"crop \(16, 16\) with ndim 3"),
+        ({"crop": (8, 16, 16)}, r"crop \(8, 16, 16\)"),
+        ({"batch_size": 0}, "a count below 1"),
+        ({"ema": 1.0}, "ema 1.0"),
+        ({"synthetic_share": 2.0}, "synthetic_share 2.0"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_are_refused(changed, match):
+    with pytest.raises(ArgumentError, match=match):
+        settings(**changed)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_settings(name):
+    config = PretrainConfig(steps=10, **PRESETS[name])
+    assert PretrainConfig.from_dict(json.loads(json.dumps(config.__dict__))) == config
+    with pytest.raises(ArgumentError, match="unknown settings depth"):
+        PretrainConfig.from_dict({"steps": 1, "depth": 5})
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero():
@@ -175,80 +307,313 @@ def test_the_learning_rate_warms_up_and_ends_at_zero():
     assert rates[1000] == pytest.approx(0, abs=1e-12)
 
 
-def test_one_pose_moves_all_three_images_of_a_pair(generator, monkeypatch):
-    drawn, source = [], SyntheticPairs(CROP, 12.0)
+# --- Processes ----------------------------------------------------------------------------------------------
 
-    def twice_the_same(generator, variation):
-        drawn.append(source.draw(generator)[0])
-        return drawn[-1], drawn[-1]
-
-    twins = type("Twins", (), {"draw": staticmethod(twice_the_same)})
-    monkeypatch.setattr(loop, "damage", lambda x, generator: x.clone())
-    fixed, damaged, moving = loop.draw_batch(settings(batch_size=2), 0, twins, None, generator, "cpu")
-    assert torch.equal(fixed, damaged)
-    assert torch.equal(fixed, moving)
-    assert not torch.equal(fixed, torch.stack(drawn))
+WORKER = """\
+import json, sys, torch
+from pathlib import Path
+from gvsl_zoo.pretrain.config import PretrainConfig
+from gvsl_zoo.pretrain.loop import pretrain
+torch.set_num_threads(1)
+values = json.loads(sys.argv[2])
+pretrain(PretrainConfig.from_dict(values), Path(sys.argv[1]), device="cpu")
+"""
 
 
-def test_a_batch_is_three_different_images_in_the_unit_range(generator):
-    batch = loop.draw_batch(
-        settings(batch_size=2, damage_share=1.0), 0, SyntheticPairs(CROP, 12.0), None, generator, "cpu"
-    )
-    assert len({image.sum().item() for image in batch}) == 3
-    for image in batch:
-        assert image.shape == (2, 1, *CROP)
-        assert image.min() >= 0
-        assert image.max() <= 1 + 1e-6
+def values(steps, **changed):
+    return json.dumps({"steps": steps} | TINY | changed)
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.0, True), (1.0, False)])
-def test_the_synthetic_share_decides_where_pairs_come_from(generator, share, expected):
-    config, real = settings(synthetic_share=share, batch_size=2), ScanPairs(scans("chest", "chest"), CROP)
-    synthetic = SyntheticPairs(CROP, 12.0)
-    drawn = []
-    for source in (synthetic, real):
-        original = source.draw
-        object.__setattr__(source, "draw", lambda *a, s=source, o=original: drawn.append(s) or o(*a))
-    loop.draw_batch(config, config.ramp_steps, synthetic, real, generator, "cpu")
-    assert drawn == [real if expected else synthetic] * 2
+def launch(tmp_path, folder, steps, processes=1, **changed):
+    (tmp_path / "worker.py").write_text(WORKER)
+    call = [sys.executable]
+    if processes > 1:
+        call += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    call += [str(tmp_path / "worker.py"), str(folder), values(steps, **changed)]
+    return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
-def test_the_task_hardens_over_the_ramp(generator):
-    config, variations = settings(ramp_steps=10), []
-    source = type("Source", (), {"draw": staticmethod(lambda g, v: variations.append(v) or draw(g, v))})
-    draw = SyntheticPairs(CROP, 12.0).draw
-    for step in (0, 5, 10, 50):
-        loop.draw_batch(config, step, source, ScanPairs(scans("a", "a"), CROP), generator, "cpu")
-    assert variations == sorted(variations)
-    assert variations[0] == loop.EASIEST_VARIATION
-    assert max(variations) <= 1
-    easy, hard = (draw(torch.Generator().manual_seed(3), v) for v in (0.05, 1.0))
-    assert (easy[0] - easy[1]).abs().mean() < (hard[0] - hard[1]).abs().mean()
+def wait_for(folder, lines, process, seconds=90):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        log = folder / "log.jsonl"
+        if log.exists() and log.read_text().count("\n") >= lines:
+            return
+        time.sleep(0.05)
+    raise AssertionError(process.communicate()[0] if process.poll() is not None else "too slow")
 
 
-def test_the_fixed_image_is_damaged_in_the_share_of_steps_asked_for(generator):
+@pytest.mark.slow
+def test_two_processes_learn_as_one_with_the_doubled_batch(tmp_path):
+    one = launch(tmp_path, tmp_path / "one", 4, batch_size=2)
+    assert one.wait(120) == 0, one.stdout.read()
+    two = launch(tmp_path, tmp_path / "two", 4, processes=2)
+    assert two.wait(120) == 0, two.stdout.read()
+    for ours, theirs in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
+        for term in ("loss", *TERMS):
+            assert ours[term] == pytest.approx(theirs[term], rel=2e-3, abs=1e-4), (ours["step"], term)
+        assert ours["gradient"] == pytest.approx(theirs["gradient"], rel=2e-2)
+
+
+@pytest.mark.slow
+def test_when_a_rank_is_killed_all_end_and_a_restart_goes_on(tmp_path):  # T9
+    folder = tmp_path / "run"
+    group = launch(tmp_path, folder, 400, processes=2)
+    wait_for(folder, 4, group)
+    ranks = subprocess.run(["pgrep", "-P", str(group.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    assert group.wait(60) != 0
+    saved = steps_saved(folder)[-1]
+    again = launch(tmp_path, folder, 400, processes=2)
+    wait_for(folder, saved + 2, again)
+    os.killpg(again.pid, signal.SIGKILL)
+    again.wait(30)
+    assert [record["step"] for record in records(folder)][: saved + 2] == list(range(1, saved + 3))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_ends_with_its_code(tmp_path):  # T13
+    folder = tmp_path / "run"
+    process = launch(tmp_path, folder, 500, save_every=400)
+    wait_for(folder, 3, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(25) == loop.STOPPED
+    [saved] = steps_saved(folder)
+    assert saved == records(folder)[-1]["step"] >= 3
+
+
+@pytest.mark.slow
+def test_whenever_a_run_is_killed_its_last_checkpoint_loads(tmp_path):
+    folder, settled = tmp_path / "run", PretrainConfig.from_dict(json.loads(values(5000, save_every=1)))
+    saved = 0
+    for delay in (0.0, 0.37):
+        process = launch(tmp_path, folder, 5000, save_every=1)
+        wait_for(folder, saved + 2, process)  # a step is logged, then saved
+        time.sleep(delay)
+        process.kill()
+        process.wait(30)
+        state = Run(folder, settled).latest()
+        assert state.step >= saved and load(folder).load_report.loaded == 72
+        saved = state.step
+
+
+def test_fifty_kills_amid_saving_leave_a_whole_checkpoint(tmp_path):  # T1, T2
+    run, tensors = Run(tmp_path, settings()), {"model": GVSL(UNet(3, 8), affine_width=8).state_dict()}
+    entry = loop.describe(settings(), "run", GVSL(UNet(3, 8), affine_width=8))
+    run.checkpoints.mkdir()
+    run.save(State(1, 1, tensors | {"optimizer": {}}), entry)
+    newest = 1
+    for delay in torch.rand(50, generator=torch.Generator().manual_seed(0)).tolist():
+        child = os.fork()
+        if child == 0:
+            for step in range(newest + 1, newest + 1000):
+                run.save(State(step, 1, tensors | {"optimizer": {}}), entry)
+            os._exit(0)
+        time.sleep(0.15 * delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        state = run.latest()
+        assert state.step >= newest and same(state.tensors["model"], tensors["model"])
+        newest = state.step
+    assert newest > 20
+    with run.locked():
+        assert not list(run.checkpoints.glob(".*"))
+
+
+# --- Pairs and batches --------------------------------------------------------------------------------------
+
+
+def test_a_pair_is_a_function_of_seed_and_number_alone():
+    pairs = Pairs(settings(), None, 1)
+    first, again = pairs[7], Pairs(settings(), None, 1)[7]
+    assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3], strict=True))
+    assert not torch.equal(first.fixed, pairs[8].fixed) and not torch.equal(first.fixed, first.moving)
+    assert not torch.equal(first.fixed, Pairs(settings(seed=1), None, 1)[7].fixed)
+
+
+def test_processes_share_the_pairs_of_a_step_as_one_with_the_doubled_batch_would_take_them():
+    one = list(Numbers(3, 5, 4, 2, 1, 0))
+    two = [list(Numbers(3, 5, 2, 2, 2, rank)) for rank in range(2)]
+    assert one == [[*a, *b] for a, b in zip(*two, strict=True)]
+    assert one[0][0] == 3 * 8 and len(one) == len(Numbers(3, 5, 4, 2, 1, 0)) == 4
+
+
+def test_one_pose_moves_all_three_images_of_a_pair():
+    pair = Pairs(settings(), None, 1)[0]
+    config = settings(damage_share=0.0)
+    fixed, damaged, moving, *_ = make_batch([Pair(pair.fixed, pair.fixed, pair.anatomy, True)], [0], config, CPU)
+    assert torch.equal(fixed, damaged) and torch.equal(fixed, moving)
+    assert not torch.equal(fixed[0], pair.fixed)
+
+
+def test_a_batch_is_three_different_images_in_the_unit_range():
+    images = batch(damage_share=1.0)[:3]
+    assert len({image.sum().item() for image in images}) == 3
+    for image in images:
+        assert image.shape == (2, 1, *CROP) and image.min() >= 0 and image.max() <= 1 + 1e-6
+
+
+def test_a_pairs_place_in_the_batch_changes_nothing():
+    together, alone = batch((3, 4)), batch((4,))
+    assert all(torch.equal(a[1:], b) for a, b in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize(("share", "real"), [(0.0, True), (1.0, False)])
+def test_the_synthetic_share_decides_where_pairs_come_from(share, real):
+    config = settings(synthetic_share=share, ramp_steps=0)
+    pairs = Pairs(config, ScanPairs(scans("chest", "chest"), CROP), 1)
+    assert {pairs[k].known for k in range(5)} == {not real}
+
+
+def test_the_task_hardens_over_the_ramp(monkeypatch):
+    variations = []
+    original = SyntheticPairs.subjects
+    monkeypatch.setattr(SyntheticPairs, "subjects", lambda s, g, v: variations.append(v) or original(s, g, v))
+    pairs = Pairs(settings(ramp_steps=10), None, 2)
+    for number in (0, 1, 10, 20, 100):
+        pairs[number]
+    assert variations == pytest.approx([EASIEST_VARIATION] * 2 + [0.6, 1.0, 1.0])
+
+
+def test_the_fixed_image_is_damaged_in_the_share_of_pairs_asked_for():
     for share in (0.0, 1.0):
-        fixed, damaged, _ = loop.draw_batch(
-            settings(damage_share=share), 0, SyntheticPairs(CROP, 12.0), None, generator, "cpu"
-        )
+        fixed, damaged, *_ = batch(damage_share=share)
         assert torch.equal(fixed, damaged) == (share == 0.0)
+
+
+def test_matching_alone_damages_nothing():
+    fixed, damaged, *_ = batch(objective="matching", damage_share=1.0)
+    assert torch.equal(fixed, damaged)
+
+
+# --- Terms --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("objective", "terms", "still"),
+    [
+        ("gvsl", TERMS, ()),
+        ("restoration", ("restoration",), ("f_conv", "fc_", "sp_conv", "out_flow")),
+        ("matching", ("ncc", "smoothness"), ("res_conv",)),
+        ("no-affine", TERMS, ("f_conv", "fc_")),
+    ],
+)
+def test_an_objective_has_its_terms_and_trains_its_heads(objective, terms, still):
+    config = settings(objective=objective, damage_share=1.0)
+    task = Pretraining(GVSL(UNet(3, 8), affine_width=8), config)
+    found = task(batch(objective=objective, damage_share=1.0), seeded(CPU, 0))
+    assert set(found) == set(terms)
+    sum(found.values()).backward()
+    for name, parameter in task.model.named_parameters():
+        trained = not name.startswith(still) if still else True
+        assert parameter.requires_grad == trained, name
+        assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) == trained, name
+
+
+def test_without_the_affine_head_the_affine_is_the_identity():
+    task = Pretraining(GVSL(UNet(3, 8), affine_width=8), settings(objective="no-affine"))
+    images = batch()
+    affine = task.model(images.fixed, images.moving).affine
+    assert torch.equal(affine, torch.eye(3, 4).expand(2, 3, 4))
+
+
+def test_weights_of_terms_scale_them():
+    model = GVSL(UNet(3, 8), affine_width=8)
+    changed = {"ncc": 2.0, "smoothness": 3.0, "restoration": 4.0}
+    plain = Pretraining(model, settings())(batch(), seeded(CPU, 0))
+    scaled = Pretraining(model, settings(**changed))(batch(), seeded(CPU, 0))
+    for name, factor in changed.items():
+        assert scaled[name].item() == pytest.approx(factor * plain[name].item(), rel=1e-5)
+
+
+def test_known_terms_reach_the_heads_that_they_supervise():
+    config = settings(ncc=0.0, smoothness=0.0, restoration=0.0, **KNOWN)
+    task = Pretraining(GVSL(UNet(3, 8), affine_width=8), config)
+    terms = task(batch(**KNOWN), seeded(CPU, 0))
+    assert terms.keys() >= KNOWN.keys()
+    for name, part in (("affine", "fc_rot"), ("displacement", "out_flow"), ("contrast", "unet.up4")):
+        task.zero_grad()
+        terms[name].backward(retain_graph=True)
+        module = task.model.get_submodule(part)
+        assert sum(p.grad.abs().sum() for p in module.parameters() if p.grad is not None) > 0, name
+
+
+def subjects(shape=(32, 32, 32)):
+    generator = torch.Generator().manual_seed(3)
+    return [sample_subject(shape, generator, (10.0,) * 3, 0.4) for _ in range(2)]
+
+
+def anatomies(pair):
+    return [torch.cat([s.canonical * 40, torch.ones(1, *s.hu.shape)])[None] for s in pair]
+
+
+def test_the_known_error_of_the_true_displacement_is_nearly_nothing():
+    fixed, moving = subjects()
+    truth = true_displacement(fixed, moving)[None]
+    right = known_error(*anatomies((fixed, moving)), truth)
+    assert right < 0.01 < 0.1 < known_error(*anatomies((fixed, moving)), torch.zeros_like(truth))
+
+
+def test_the_known_error_says_nothing_where_nothing_is_known():
+    fixed, moving = anatomies(subjects())
+    fixed[:, -1] = 0
+    assert known_error(fixed, moving, torch.zeros(1, 3, 32, 32, 32)) == 0
+
+
+def test_contrast_is_small_for_features_that_are_the_anatomy_and_large_for_noise(generator):
+    fixed, moving = anatomies(subjects())
+
+    def waves(anatomy):
+        phases = torch.cat([anatomy[:, :3] * frequency for frequency in (0.2, 0.5, 1.0)], 1)
+        return torch.cat([phases.sin(), phases.cos()], 1)
+
+    right = contrast_loss(waves(fixed), waves(moving), fixed, moving, seeded(CPU, 0))
+    noise = torch.randn(2, 1, 18, 32, 32, 32, generator=generator)
+    assert right < 2.0 < contrast_loss(noise[0], noise[1], fixed, moving, seeded(CPU, 0))
+    fixed[:, -1] = 0
+    assert contrast_loss(waves(fixed), waves(moving), fixed, moving, seeded(CPU, 0)) == 0
+
+
+# --- Validation ---------------------------------------------------------------------------------------------
+
+
+def test_validation_is_the_same_each_time_and_leaves_the_module_alone():
+    model = GVSL(UNet(3, 8), affine_width=8).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first = validate(model, settings())
+    assert first == validate(model, settings()) and same(model.state_dict(), before)
+    assert 0 <= first["folded"] <= 1 and 0 < first["dice_before"] < 1 and first["psnr_damaged"] > 0
+
+
+def test_a_dead_affine_head_shows():
+    model = GVSL(UNet(3, 8), affine_width=8).eval()
+    alive = validate(model, settings())["affine_sd"]
+    for head in (model.fc_rot, model.fc_scl, model.fc_trans, model.fc_shear):
+        torch.nn.init.zeros_(head.weight)
+    assert validate(model, settings())["affine_sd"] == 0 < alive
+
+
+def test_dice_and_psnr_are_what_they_are_called():
+    labels = sample_subject((32, 32, 32), torch.Generator().manual_seed(0), (10.0,) * 3).labels[None, None]
+    assert organ_dice(labels, labels) == 1 and organ_dice(labels, torch.zeros_like(labels)) == 0
+    assert psnr(torch.full((4,), 0.1), torch.zeros(4)) == pytest.approx(20)
+
+
+# --- Scans --------------------------------------------------------------------------------------------------
 
 
 def test_a_run_on_scans_alone_learns_from_them(tmp_path):
     noise = torch.Generator().manual_seed(0)
-    given = [Scan(torch.rand(1, 20, 20, 20, generator=noise), "chest") for _ in range(2)]
-    loop.pretrain(settings(1, synthetic_share=0.0), tmp_path, given)
+    given = ScanPairs([Scan(torch.rand(1, 20, 20, 20, generator=noise), "chest") for _ in range(2)], CROP)
+    loop.pretrain(settings(1, synthetic_share=0.0, ramp_steps=0), tmp_path, given, device="cpu")
     assert all(torch.tensor(records(tmp_path)[0][term]).isfinite() for term in TERMS)
 
 
-def test_a_synthetic_pair_is_two_different_subjects_in_the_unit_range(generator):
-    fixed, moving = SyntheticPairs(CROP, 12.0).draw(generator)
-    assert fixed.shape == moving.shape == (1, *CROP)
-    assert not torch.equal(fixed, moving)
-    for image in (fixed, moving):
-        assert image.min() >= 0
-        assert image.max() <= 1
-        assert image.std() > 0.05
+def test_a_synthetic_pair_is_two_different_subjects_in_the_unit_range():
+    pair = Pairs(settings(), None, 1)[0]
+    assert pair.fixed.shape == pair.moving.shape == (1, *CROP) and pair.anatomy.shape == (2, 3, *CROP)
+    for image in (pair.fixed, pair.moving):
+        assert image.min() >= 0 and image.max() <= 1 and image.std() > 0.05
 
 
 def test_a_pair_of_scans_is_two_different_subjects_of_one_region(generator):
@@ -283,17 +648,16 @@ def test_scans_without_two_of_one_region_are_refused(regions):
 @pytest.mark.slow
 def test_a_short_training_learns_to_restore_images_it_has_not_seen(tmp_path):
     config = settings(120, save_every=1000, warmup_steps=5, learning_rate=3e-3, damage_share=1.0)
-    unseen, source = torch.Generator().manual_seed(123), SyntheticPairs(CROP, config.spacing_mm)
-    fixed, damaged, moving = loop.draw_batch(settings(batch_size=8, damage_share=1.0), 0, source, None, unseen, "cpu")
+    unseen: Batch = batch(tuple(range(8)), seed=123, damage_share=1.0)
 
     def error_after(steps):
-        model = loop.pretrain(replace(config, steps=steps), tmp_path / str(steps))
+        model = loop.pretrain(replace(config, steps=steps), tmp_path / str(steps), device="cpu")
         with torch.no_grad():
-            return restoration_loss(model(damaged, moving).restored, fixed)
+            return restoration_loss(model(unseen.damaged, unseen.moving).restored, unseen.fixed)
 
     after = error_after(config.steps)
-    assert after < 0.5 * error_after(0)
-    assert after < 0.8 * restoration_loss(damaged, fixed)
+    assert after < 0.5 * error_after(1)
+    assert after < 0.8 * restoration_loss(unseen.damaged, unseen.fixed)
 
 
 @pytest.mark.gpu

@@ -1,32 +1,125 @@
-"""Settings of a pre-training run."""
+"""Settings of a pre-training run, and the presets."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from ..errors import ArgumentError
+
+Objective = Literal["gvsl", "restoration", "matching", "no-affine"]
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
     """One run. Loss weights are the paper's (He et al. 2023, sec. 3.1: all 1); the rest is sized for a CPU.
 
-    crop: (D, H, W) of the training crops in voxels of `spacing_mm` an axis.
+    objective: gvsl; or one of its ablations: restoration alone (Models Genesis), matching alone, no affine head.
+    crop: voxels of `spacing_mm` an axis, (D, H, W), or (H, W) for films.
+    batch_size: pairs a process and forward pass; accumulate: forward passes a step.
     synthetic_share: share of pairs from synthetic anatomy while scans are given too; without scans all are synthetic.
     ramp_steps: over these the task hardens: synthetic subjects go from alike to fully varied, and scans come in.
-    damage_share: share of steps that damage the fixed image; the others match and restore it as it is.
+    damage_share: share of pairs whose fixed image is damaged; the others are matched and restored as they are.
+    ema: decay of the averaged weights, which are then the ones that are kept; 0 for none.
+    displacement, affine, contrast: weights of what synthetic pairs can teach besides, whose anatomy is known.
     """
 
     steps: int
+    objective: Objective = "gvsl"
+    ndim: int = 3
     width: int = 8
     affine_width: int | None = 48
-    crop: tuple[int, int, int] = (48, 48, 48)
+    crop: tuple[int, ...] = (48, 48, 48)
     spacing_mm: float = 4.0
     batch_size: int = 1
+    accumulate: int = 1
     synthetic_share: float = 0.5
     ramp_steps: int = 3000
     damage_share: float = 0.5
+    ncc: float = 1.0
+    smoothness: float = 1.0
+    restoration: float = 1.0
+    displacement: float = 0.0
+    affine: float = 0.0
+    contrast: float = 0.0
     learning_rate: float = 2e-3  # peak; cosine to zero
     warmup_steps: int = 100
     clip_norm: float = 1.0
+    ema: float = 0.0
     seed: int = 0
     save_every: int = 250
+    keep_last: int = 2
     bf16: bool = True
+    checkpointing: bool = False  # of activations: memory for time
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for wrong, what in (
+            (self.objective not in get_args(Objective), f"objective {self.objective!r}"),
+            (self.ndim != len(self.crop) or min(self.crop) < 16, f"crop {self.crop} with ndim {self.ndim}"),
+            (min(self.steps, self.batch_size, self.accumulate, self.save_every, self.keep_last) < 1, "a count below 1"),
+            (not 0 <= self.ema < 1, f"ema {self.ema}"),
+            (not 0 <= self.synthetic_share <= 1, f"synthetic_share {self.synthetic_share}"),
+            (self.ndim == 2 and self.known, "known displacements of films"),
+        ):
+            if wrong:
+                raise ArgumentError(f"{what} in the settings of a run", "see gvsl_zoo.pretrain.config.PretrainConfig")
+
+    @property
+    def known(self) -> bool:
+        """Whether a term needs the known anatomy of synthetic pairs."""
+        return max(self.displacement, self.affine, self.contrast) > 0
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PretrainConfig:
+        """Settings as JSON has them: tuples are lists there."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            raise ArgumentError(f"unknown settings {', '.join(unknown)}", "they may be of a newer gvsl-zoo: upgrade it")
+        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**plain)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "nano": {},
+    "small": {
+        "width": 16,
+        "affine_width": None,
+        "crop": (96, 96, 96),
+        "spacing_mm": 2.0,
+        "batch_size": 2,
+        "learning_rate": 1e-3,
+        "ema": 0.999,
+    },
+    "base": {
+        "width": 32,
+        "affine_width": None,
+        "crop": (128, 128, 128),
+        "spacing_mm": 1.0,
+        "batch_size": 2,
+        "learning_rate": 3e-4,
+        "ema": 0.999,
+    },
+}
+
+
+def settings_of(preset: str, steps: int, named: dict[str, Any], others: tuple[str, ...] = ()) -> PretrainConfig:
+    """The settings of a preset with changes: `named` ones (None leaves the preset's; `crop` may be one number for all
+    axes) and `others` as text, "name=value".
+    """
+    values = PRESETS[preset] | {key: value for key, value in named.items() if value is not None}
+    for text in others:
+        name, equals, value = text.partition("=")
+        try:
+            values[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except ValueError:
+            values[name] = value
+        if not equals:
+            raise ArgumentError(f"{text!r} is no setting", "write name=value")
+    if isinstance(values.get("crop"), int):
+        values["crop"] = (values["crop"],) * values.get("ndim", 3)
+    try:
+        return PretrainConfig.from_dict({"steps": steps} | values)
+    except TypeError as error:
+        raise ArgumentError(f"settings of the wrong kind ({error})", "see PretrainConfig") from None

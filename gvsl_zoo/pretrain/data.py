@@ -1,50 +1,70 @@
-"""Pairs to match: synthetic subjects, and crops of real scans that show the same region."""
+"""Pairs to match, each a pure function of the run's seed and the pair's number.
+
+No sampler has a state: whoever asks for pair k, in whatever process and after whatever interruption, gets the same.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ..errors import ArgumentError
 from ..volume import CT_WINDOW_HU
-from .anatomy import sample_subject
+from .anatomy import CANONICAL_MM, Subject, sample_subject
+from .config import PretrainConfig
+from .store import Store
 
 POSITION_JITTER = 0.05  # of the scan's extent: crops of a pair are alike, not aligned
+EASIEST_VARIATION = 0.2  # of synthetic subjects at the first step: displacements within the window of the NCC
+
+
+def seeded(device: torch.device | str, *numbers: int) -> torch.Generator:
+    """A generator that these numbers alone decide: seed, purpose, step, pair."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class Pair(NamedTuple):
+    """Two images to match, and where their voxels lie in an anatomy common to both, if that is known.
+
+    fixed, moving: (1, *crop) in [0, 1]. anatomy: (2, n, *crop), of fixed and moving, in voxels; zeros if not known.
+    known: whether it is.
+    """
+
+    fixed: Tensor
+    moving: Tensor
+    anatomy: Tensor
+    known: bool
+
+
+class PairSource(Protocol):
+    """Where pairs of real scans come from."""
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Fixed and moving image of two subjects, each (1, *crop) in [0, 1]."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan on the training grid: image (1, D, H, W) in [0, 1], and which scans it may be paired with."""
+    """One scan on the training grid: image (1, *shape) in [0, 1], and which scans it may be paired with."""
 
     image: Tensor
     region: str
 
 
-@dataclass(frozen=True)
-class SyntheticPairs:
-    """Pairs of different synthetic subjects, drawn anew each time."""
-
-    crop: tuple[int, int, int]
-    spacing_mm: float
-
-    def draw(self, generator: torch.Generator, variation: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Fixed and moving image, each (1, D, H, W) in [0, 1]; `variation` as in `sample_subject`."""
-        return self._subject(generator, variation), self._subject(generator, variation)
-
-    def _subject(self, generator: torch.Generator, variation: float) -> Tensor:
-        low, high = CT_WINDOW_HU
-        hu = sample_subject(self.crop, generator, (self.spacing_mm,) * 3, variation).hu
-        return ((hu - low) / (high - low)).clamp(0, 1)[None]
-
-
 class ScanPairs:
     """Crops at about the same relative place of two different scans of one region."""
 
-    def __init__(self, scans: Sequence[Scan], crop: tuple[int, int, int]) -> None:
+    def __init__(self, scans: Sequence[Scan], crop: tuple[int, ...]) -> None:
         regions: dict[str, list[Tensor]] = {}
         for scan in scans:
             regions.setdefault(scan.region, []).append(scan.image)
@@ -54,18 +74,147 @@ class ScanPairs:
         self.crop = crop
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Fixed and moving image, each (1, D, H, W) in [0, 1]."""
+        """Fixed and moving image, each (1, *crop) in [0, 1]."""
         sizes = torch.tensor([float(len(group)) for group in self.groups])
         group = self.groups[int(torch.multinomial(sizes, 1, generator=generator))]
         first, second = torch.randperm(len(group), generator=generator)[:2].tolist()
-        place = torch.rand(3, generator=generator)
+        place = torch.rand(len(self.crop), generator=generator)
         return self._crop(group[first], place, generator), self._crop(group[second], place, generator)
 
     def _crop(self, image: Tensor, place: Tensor, generator: torch.Generator) -> Tensor:
         """The crop at relative `place` of the free play of each axis, air where the scan ends."""
         missing = [max(0, c - s) for c, s in zip(self.crop, image.shape[1:], strict=True)]
         image = F.pad(image, [n for m in reversed(missing) for n in (m // 2, m - m // 2)])
-        jitter = (2 * torch.rand(3, generator=generator) - 1) * POSITION_JITTER
-        for axis, (size, share) in enumerate(zip(self.crop, (place + jitter).clamp(0, 1).tolist(), strict=True), 1):
-            image = image.narrow(axis, round(share * (image.shape[axis] - size)), size)
+        starts = crop_starts(image.shape[1:], self.crop, place, generator)
+        for axis, (start, size) in enumerate(zip(starts, self.crop, strict=True), 1):
+            image = image.narrow(axis, start, size)
         return image
+
+
+def crop_starts(shape: Sequence[int], crop: Sequence[int], place: Tensor, generator: torch.Generator) -> list[int]:
+    """First voxels of a crop at about the relative `place` (n,) in [0, 1] of the free play of each axis."""
+    jitter = (2 * torch.rand(len(crop), generator=generator) - 1) * POSITION_JITTER
+    shares = (place + jitter).clamp(0, 1).tolist()
+    return [round(share * (size - edge)) for share, size, edge in zip(shares, shape, crop, strict=True)]
+
+
+class StorePairs:
+    """Crops at about the same relative place of two volumes of a store: of one stratum, and of different subjects.
+
+    Drawing costs the same however many volumes there are; volumes without a partner are left out.
+    """
+
+    def __init__(self, store: Store, crop: tuple[int, ...], spacing_mm: float) -> None:
+        if store.ndim != len(crop) or (store.ndim == 3 and store.spacing_mm != spacing_mm):
+            raise ArgumentError(
+                f"a store of {store.ndim}D volumes of {store.spacing_mm} mm for crops {crop} of {spacing_mm} mm",
+                f"prepare it with --ndim {len(crop)} --spacing-mm {spacing_mm:g}",
+            )
+        self.store, self.crop = store, crop
+        stratum, subject = (np.asarray(store.entries[name]) for name in ("stratum", "subject"))
+        self.order = np.lexsort((subject, stratum))  # by stratum, then by subject
+        stratum, subject = stratum[self.order], subject[self.order]
+        self.first = np.searchsorted(stratum, stratum, "left")  # of the stratum, for each place in the order
+        self.last = np.searchsorted(stratum, stratum, "right")
+        alone = subject[self.first] == subject[self.last - 1]  # sorted: the ends agree if all do
+        self.places = np.flatnonzero(~alone)
+        self.subject = subject
+        if not len(self.places):
+            raise ArgumentError(f"{len(store)} volumes, no two subjects of one stratum", "pairs need different subjects")
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Fixed and moving image, each (1, *crop) in [0, 1]."""
+        here = int(self.places[_below(len(self.places), generator)])
+        first, last = int(self.first[here]), int(self.last[here])
+        own = self.subject[here]
+        begin = first + int(np.searchsorted(self.subject[first:last], own, "left"))
+        end = first + int(np.searchsorted(self.subject[first:last], own, "right"))
+        other = first + _below(last - first - (end - begin), generator)  # among those of other subjects
+        there = other if other < begin else other + end - begin
+        place = torch.rand(len(self.crop), generator=generator)
+        fixed, moving = (self._crop(int(self.order[at]), place, generator) for at in (here, there))
+        return fixed, moving
+
+    def _crop(self, number: int, place: Tensor, generator: torch.Generator) -> Tensor:
+        shape = self.store.volume(number).shape
+        starts = crop_starts([max(s, c) for s, c in zip(shape, self.crop, strict=True)], self.crop, place, generator)
+        centred = [start - max(0, c - s) // 2 for start, s, c in zip(starts, shape, self.crop, strict=True)]
+        return self.store.crop(number, centred, self.crop)
+
+
+def _below(count: int, generator: torch.Generator) -> int:
+    return int(torch.randint(count, (), generator=generator))
+
+
+class SyntheticPairs:
+    """Pairs of different synthetic subjects, drawn anew each time."""
+
+    def __init__(self, crop: tuple[int, ...], spacing_mm: float) -> None:
+        self.crop, self.spacing_mm = crop, spacing_mm
+
+    def subjects(self, generator: torch.Generator, variation: float = 1.0) -> tuple[Subject, Subject]:
+        """Two subjects on one grid; `variation` as in `sample_subject`."""
+        D, H, W = self.crop
+        spacing = (self.spacing_mm,) * 3
+        first, second = (sample_subject((D, H, W), generator, spacing, variation) for _ in range(2))
+        return first, second
+
+    def pair(self, subjects: tuple[Subject, Subject]) -> Pair:
+        """Their images and their common anatomy."""
+        low, high = CT_WINDOW_HU
+        fixed, moving = (((subject.hu - low) / (high - low)).clamp(0, 1)[None] for subject in subjects)
+        anatomy = torch.stack([subject.canonical for subject in subjects]) * (CANONICAL_MM / self.spacing_mm)
+        return Pair(fixed, moving, anatomy, True)
+
+
+class Pairs(Dataset[Pair]):
+    """The pairs of a run by their number: synthetic ones, and those of `real` scans if there are any."""
+
+    def __init__(self, config: PretrainConfig, real: PairSource | None, pairs_a_step: int) -> None:
+        self.config, self.real, self.pairs_a_step = config, real, pairs_a_step
+        self.synthetic = SyntheticPairs(config.crop, config.spacing_mm)
+
+    def __getitem__(self, number: int) -> Pair:
+        config = self.config
+        generator = seeded("cpu", config.seed, 0, number)
+        step = number // self.pairs_a_step
+        difficulty = min(1.0, step / config.ramp_steps) if config.ramp_steps else 1.0
+        scans = (1 - config.synthetic_share) * difficulty if config.ndim == 3 else 1 - config.synthetic_share
+        if self.real is not None and float(torch.rand(1, generator=generator)) < scans:
+            fixed, moving = self.real.draw(generator)
+            return Pair(fixed, moving, torch.zeros(2, config.ndim, *config.crop), False)
+        variation = EASIEST_VARIATION + (1 - EASIEST_VARIATION) * difficulty
+        return self.synthetic.pair(self.synthetic.subjects(generator, variation))
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers of the pairs of one process, a list a forward pass, from `first_step` to `last_step`.
+
+    The pairs of a step are dealt out in turn: first to the forward passes, then to the processes, then to the batch;
+    so that one process with the doubled batch sees what two processes see together.
+    """
+
+    first_step: int
+    last_step: int
+    batch_size: int
+    accumulate: int
+    processes: int
+    rank: int
+
+    def __len__(self) -> int:
+        return (self.last_step - self.first_step) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        pass_size = self.batch_size * self.processes
+        for step in range(self.first_step, self.last_step):
+            for forward in range(self.accumulate):
+                start = (step * self.accumulate + forward) * pass_size + self.rank * self.batch_size
+                yield list(range(start, start + self.batch_size))
+
+
+def open_data(data: str, config: PretrainConfig) -> PairSource | None:
+    """Pairs of the scans in a store, or None for "synthetic"."""
+    if data == "synthetic":
+        return None
+    return StorePairs(Store(Path(data)), config.crop, config.spacing_mm)

@@ -2,193 +2,269 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 
-from ..errors import ArgumentError
-from ..losses import local_ncc_loss, restoration_loss, smoothness_loss
+from ..errors import ArgumentError, TrainingError
 from ..models.gvsl import GVSL
 from ..models.unet import UNet
-from ..spatial import compose, jacobian_determinant, warp
-from ..weights import write_whole
-from .augment import apply_pose, damage, sample_pose
+from ..report import curves_picture
 from .config import PretrainConfig
-from .data import Scan, ScanPairs, SyntheticPairs
+from .data import Numbers, Pairs, PairSource, seeded
+from .entry import describe
+from .objective import Pretraining, make_batch
+from .run import LOG, Run, State
+from .validate import draw_validation, validate
 
-EASIEST_VARIATION = 0.2  # of synthetic subjects at the first step: displacements within the window of the NCC
-VALIDATION_PAIRS = 8
-VALIDATION_SEED = 2**31  # synthetic subjects of validation are drawn apart from those of training
+STOPPED = 143  # exit code of a run that SIGTERM ended, with its checkpoint written
+Record = dict[str, float]
 
 
-def pretrain(config: PretrainConfig, out: Path, scans: Sequence[Scan] = (), device: str = "cpu") -> GVSL:
-    """Train GVSL on synthetic anatomy and, if given, on scans; return the module.
+def pretrain(
+    config: PretrainConfig,
+    out: Path,
+    real: PairSource | None = None,
+    *,
+    device: str = "auto",
+    workers: int = 0,
+    init: GVSL | None = None,
+    progress: Callable[[Record], None] | None = None,
+) -> GVSL:
+    """Train GVSL on synthetic anatomy and, if given, on real scans; return the module, in evaluation mode.
 
-    `out` receives `log.jsonl` and `checkpoint.pt`; a run that finds its checkpoint there goes on from it.
+    One process, or one of several that `torchrun` or `accelerate launch` started. A run whose folder holds a checkpoint
+    goes on from it: on the CPU bit for bit.
+
+    Args:
+        out: the run's folder; see run.py for what it holds.
+        real: pairs of real scans.
+        device: auto, cpu or cuda.
+        workers: processes that draw pairs ahead; 0 draws them in between.
+        init: a module of the same size whose weights are the start.
+        progress: called after every step with what the log receives.
+
+    Raises: TrainingError for a loss that is not finite, a folder in use or a full disk; ArgumentError for other
+        settings than those of the run so far. SystemExit(143) after SIGTERM, with a checkpoint written.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(config.seed)
-    unet = UNet(3, config.width, generator=generator)
-    model = GVSL(unet, affine_width=config.affine_width, generator=generator)
-    model = model.to(device, memory_format=torch.channels_last_3d).train()  # type: ignore[call-overload]
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-    step = resume(out / "checkpoint.pt", config, model, optimizer, generator)
+    accelerator = make_accelerator(device)
+    model = build(config, init)
+    task = Pretraining(model, config).to(accelerator.device).train()
+    task.to(memory_format=torch.channels_last_3d if config.ndim == 3 else torch.channels_last)  # type: ignore[call-overload]
+    model.unet.set_grad_checkpointing(config.checkpointing)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
+    kept: GVSL = model if averaged is None else averaged.module  # type: ignore[assignment]
+    optimizer = torch.optim.Adam([p for p in task.parameters() if p.requires_grad], lr=config.learning_rate)
+    pairs_a_step = config.batch_size * config.accumulate * accelerator.num_processes
+    main, run = accelerator.is_main_process, Run(out, config)
+    entry = describe(config, out.name, model)
 
-    truncate_log(out / "log.jsonl", step)
-    synthetic = SyntheticPairs(config.crop, config.spacing_mm)
-    real = ScanPairs(scans, config.crop) if scans else None
-    with (out / "log.jsonl").open("a") as log:
+    with run.locked() if main else nullcontext(), stop_signals() as stopping:
+        accelerator.wait_for_everyone()
+        step = restore(run.latest(), pairs_a_step, model, averaged, optimizer)
+        if main:
+            run.truncate_log(step)
+        parallel = accelerator.prepare(torch.compile(task) if config.compile else task)
+        numbers = Numbers(
+            step,
+            config.steps,
+            config.batch_size,
+            config.accumulate,
+            accelerator.num_processes,
+            accelerator.process_index,
+        )
+        pairs = Pairs(config, real, pairs_a_step)
+        loader = iter(
+            zip(numbers, DataLoader(pairs, batch_sampler=numbers, num_workers=workers, collate_fn=list), strict=True)
+        )
+        log = (out / LOG).open("a") if main else None
         while step < config.steps:
             started = time.perf_counter()
+            torch.manual_seed(seeded("cpu", config.seed, 2, step, accelerator.process_index).initial_seed())
+            sums: Record = {}
+            for forward in range(config.accumulate):
+                indices, drawn = next(loader)
+                batch = make_batch(drawn, indices, config, accelerator.device)
+                generator = seeded(accelerator.device, config.seed, 3, indices[0])
+                last = forward == config.accumulate - 1
+                with nullcontext() if last else accelerator.no_sync(parallel):
+                    terms = parallel(batch, generator)
+                    accelerator.backward(sum(terms.values(), batch.fixed.new_zeros(())) / config.accumulate)
+                sums = {name: sums.get(name, 0.0) + term.item() / config.accumulate for name, term in terms.items()}
+            norm = torch.nn.utils.clip_grad_norm_(task.parameters(), config.clip_norm).item()
+            record, stop = agree(accelerator, sums, norm, stopping.is_set())
+            check_finite(record, step, out)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            fixed, damaged, moving = draw_batch(config, step, synthetic, real, generator, device)
-            terms = losses(model, fixed, damaged, moving, config.bf16)
-            loss = sum(terms.values(), torch.zeros((), device=device))
-            optimizer.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-            if not (torch.isfinite(loss) and torch.isfinite(norm)):
-                raise ArgumentError(
-                    f"loss became {loss.item()} and its gradient {norm.item()} at step {step}",
-                    f"a checkpoint in {out} is from before and good; lower the learning rate",
-                )
             optimizer.step()
+            optimizer.zero_grad()
+            if averaged is not None:
+                averaged.update_parameters(model)
             step += 1
 
-            record = {"step": step, "loss": loss.item()} | {k: v.item() for k, v in terms.items()}
-            record["seconds"] = time.perf_counter() - started
-            saving = step % config.save_every == 0 or step == config.steps
-            if saving:
-                record |= validate(model, synthetic)
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            if saving:
-                save(out / "checkpoint.pt", config, model, optimizer, generator, step)
-    return model.eval()
+            record = {"step": step} | record | {"seconds": time.perf_counter() - started}
+            saving = step % config.save_every == 0 or step == config.steps or stop
+            if main and log is not None:
+                if saving and not stop:
+                    record |= validated(kept, config)
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                if saving:
+                    run.save(State(step, pairs_a_step, snapshot(model, averaged, optimizer)), entry)
+                    if not stop:
+                        draw_run(kept, config, out)
+                if progress:
+                    progress(record)
+            if stop:
+                raise SystemExit(STOPPED)
+        if log is not None:
+            log.close()
+        accelerator.wait_for_everyone()
+    return kept.eval()
+
+
+# --- What is trained ----------------------------------------------------------------------------------------
+
+
+def build(config: PretrainConfig, init: GVSL | None) -> GVSL:
+    """The module of a run, drawn from its seed, or a copy of `init`."""
+    generator = torch.Generator().manual_seed(config.seed)
+    unet = UNet(config.ndim, config.width, generator=generator)
+    model = GVSL(unet, affine_width=config.affine_width, generator=generator)
+    if init is not None:
+        ours, theirs = ({name: t.shape for name, t in m.state_dict().items()} for m in (model, init))
+        if ours != theirs:
+            raise ArgumentError(
+                f"the start has other tensors than a run of width {config.width}, affine_width {config.affine_width}",
+                "give the run the settings of the model that it starts from",
+            )
+        model.load_state_dict(init.state_dict())
+    return model
 
 
 def learning_rate(config: PretrainConfig, step: int) -> float:
     """Linear warm-up, then a cosine to zero."""
-    warmup = min(1.0, (step + 1) / config.warmup_steps)
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
-def draw_batch(
-    config: PretrainConfig,
-    step: int,
-    synthetic: SyntheticPairs,
-    real: ScanPairs | None,
-    generator: torch.Generator,
-    device: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Fixed, damaged and moving images, each (B, 1, D, H, W) in [0, 1]; one pose for all three of a pair."""
-    difficulty = min(1.0, step / config.ramp_steps) if config.ramp_steps else 1.0
-    pairs: list[tuple[Tensor, Tensor]] = []
-    for _ in range(config.batch_size):
-        if real is not None and float(torch.rand(1, generator=generator)) < (1 - config.synthetic_share) * difficulty:
-            pairs.append(real.draw(generator))
-        else:
-            pairs.append(synthetic.draw(generator, EASIEST_VARIATION + (1 - EASIEST_VARIATION) * difficulty))
-    fixed, moving = (torch.stack(images).to(device) for images in zip(*pairs, strict=True))
-    pose = sample_pose(config.crop, generator, config.batch_size)
-    fixed, moving = apply_pose(fixed, pose), apply_pose(moving, pose)
-    damaging = float(torch.rand(1, generator=generator)) < config.damage_share
-    return fixed, damage(fixed, generator) if damaging else fixed, moving
-
-
-def losses(model: GVSL, fixed: Tensor, damaged: Tensor, moving: Tensor, bf16: bool) -> dict[str, Tensor]:
-    """The three terms of GVSL (He et al. 2023, sec. 3.1), each with weight 1."""
-    with torch.autocast(fixed.device.type, torch.bfloat16, enabled=bf16):
-        f_fixed, f_moving = model.features(damaged, moving)
-        affine, flow = model.match(f_fixed, f_moving)
-        restored = model.restore(f_fixed.local)
-    return {
-        "ncc": local_ncc_loss(warp(moving, compose(affine, flow)), fixed),
-        "smoothness": smoothness_loss(flow),
-        "restoration": restoration_loss(restored, fixed),
-    }
-
-
-@torch.no_grad()
-def validate(model: GVSL, synthetic: SyntheticPairs) -> dict[str, float]:
-    """What matching does to held-out synthetic pairs, means over them; `folded` is a share of voxels."""
-    generator = torch.Generator().manual_seed(VALIDATION_SEED)
+def draw_run(model: GVSL, config: PretrainConfig, out: Path) -> None:
+    """Renew curves.png and pair.png, where matplotlib is installed."""
+    if find_spec("matplotlib") is None or config.ndim != 3:
+        return
+    log = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
+    curves_picture(log, out / "curves.png", title=f"{out.name}: {config.objective}")
     model.eval()
-    sums: dict[str, float] = {}
-    outputs = []
-    for _ in range(VALIDATION_PAIRS):
-        fixed, moving = (x[None] for x in synthetic.draw(generator))
-        device = next(model.parameters()).device
-        fixed, moving = fixed.to(device), moving.to(device)
-        match = model(fixed, moving)
-        numbers = {
-            "ncc_before": 1 - local_ncc_loss(moving, fixed).item(),
-            "ncc_after": 1 - local_ncc_loss(match.warped, fixed).item(),
-            "folded": (jacobian_determinant(match.displacement) <= 0).float().mean().item(),
-            "mean_displacement": match.displacement.norm(dim=1).mean().item(),
-        }
-        sums = {k: sums.get(k, 0.0) + v / VALIDATION_PAIRS for k, v in numbers.items()}
-        outputs.append(match.affine.flatten())
-    sums["affine_sd"] = torch.stack(outputs).std(0).mean().item()
+    draw_validation(model, config, out / "pair.png")
     model.train()
-    return sums
 
 
-def save(
-    path: Path,
-    config: PretrainConfig,
-    model: GVSL,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    step: int,
-) -> None:
-    """Write a checkpoint, whole or not at all: a kill leaves the one before."""
-    state = {
-        "config": asdict(config),
-        "step": step,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "generator": generator.get_state(),
-    }
-    content = io.BytesIO()
-    torch.save(state, content)
-    write_whole(path, content.getvalue())
+def validated(model: GVSL, config: PretrainConfig) -> Record:
+    model.eval()
+    numbers = validate(model, config) if config.ndim == 3 else {}
+    model.train()
+    return numbers
 
 
-def resume(
-    path: Path,
-    config: PretrainConfig,
-    model: GVSL,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-) -> int:
-    """Restore everything from a checkpoint, if there is one; return its step, else 0."""
-    if not path.exists():
-        return 0
-    state = torch.load(path, weights_only=True)
-    given = asdict(config)
-    changed = {k: (state["config"].get(k), given[k]) for k in given if state["config"].get(k) != given[k]}
-    if changed:
-        raise ArgumentError(
-            f"{path} was made with other settings: " + ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items()),
-            "use the same settings, or another folder",
+# --- What all processes do together -------------------------------------------------------------------------
+
+
+def make_accelerator(device: str) -> Any:
+    """Processes and device; the pairs are dealt out by number, so accelerate only carries model and gradients."""
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        raise ArgumentError("pre-training needs accelerate", "pip install gvsl-zoo[train]") from None
+    if device not in ("auto", "cpu", "cuda"):
+        raise ArgumentError(f"device {device!r} for a run", "give auto, cpu or cuda; torchrun deals out several")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError("this machine has no CUDA device", "give auto or cpu")
+    return Accelerator(cpu=device == "cpu")
+
+
+def agree(accelerator: Any, terms: Record, norm: float, stop: bool) -> tuple[Record, bool]:
+    """The terms' means over the processes, their sum, the gradient's norm, and whether any process is to stop."""
+    if accelerator.num_processes > 1:
+        numbers = torch.tensor([*terms.values(), norm, float(stop)], device=accelerator.device)
+        *means, norm, stopping = accelerator.reduce(numbers, "mean").tolist()
+        terms, stop = dict(zip(terms, means, strict=True)), stopping > 0
+    return {"loss": sum(terms.values())} | terms | {"gradient": norm}, stop
+
+
+def check_finite(record: Record, step: int, out: Path) -> None:
+    if not (math.isfinite(record["loss"]) and math.isfinite(record["gradient"])):
+        raise TrainingError(
+            f"loss became {record['loss']} and its gradient {record['gradient']} at step {step}",
+            f"the last checkpoint in {out} is from before and good; lower the learning rate",
         )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    generator.set_state(state["generator"])
-    return int(state["step"])
 
 
-def truncate_log(path: Path, step: int) -> None:
-    """Forget what was logged after the checkpoint of `step`: those steps run again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        write_whole(path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, as Slurm, Kubernetes and torchrun send it before they kill."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# --- Checkpoints --------------------------------------------------------------------------------------------
+
+
+def snapshot(
+    model: GVSL, averaged: AveragedModel | None, optimizer: torch.optim.Optimizer
+) -> dict[str, dict[str, Tensor]]:
+    """Everything that a run goes on from; learning rate, pairs and draws are functions of the step."""
+    moments = {
+        f"{index}.{key}": value
+        for index, values in optimizer.state_dict()["state"].items()
+        for key, value in values.items()
+    }
+    parts = {"model": model.state_dict(), "optimizer": moments}
+    if averaged is not None:
+        parts["ema"] = averaged.module.state_dict()
+    return parts
+
+
+def restore(
+    state: State | None,
+    pairs_a_step: int,
+    model: GVSL,
+    averaged: AveragedModel | None,
+    optimizer: torch.optim.Optimizer,
+) -> int:
+    """Put a checkpoint back; return its step, 0 without one."""
+    if state is None:
+        return 0
+    if state.pairs_a_step != pairs_a_step:
+        raise ArgumentError(
+            f"the run took {state.pairs_a_step} pairs a step, these processes take {pairs_a_step}",
+            "keep processes x batch_size x accumulate the same, so that the order of the data is",
+        )
+    model.load_state_dict(state.tensors["model"])
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in state.tensors["optimizer"].items():
+        index, key = name.split(".", 1)
+        moments.setdefault(int(index), {})[key] = tensor.clone()
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    if averaged is not None:
+        averaged.module.load_state_dict(state.tensors["ema"])
+        averaged.n_averaged.fill_(state.step)
+    return state.step

@@ -1,0 +1,39 @@
+"""What a run will cost, from a few of its steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from .config import PretrainConfig
+from .data import PairSource
+from .loop import build, pretrain
+
+
+def estimate(
+    config: PretrainConfig, real: PairSource | None, device: str, workers: int, steps: int = 3
+) -> dict[str, Any]:
+    """Time and memory of a run, from a few of its steps, which are thrown away."""
+    import resource
+
+    seconds: list[float] = []
+    with TemporaryDirectory() as folder:
+        short = replace(config, steps=steps, save_every=steps + 1)
+        pretrain(
+            short, Path(folder), real, device=device, workers=workers, progress=lambda r: seconds.append(r["seconds"])
+        )
+    on_gpu = torch.cuda.is_available() and device != "cpu"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    step = sorted(seconds)[len(seconds) // 2]
+    return {
+        "parameters": sum(p.numel() for p in build(config, None).parameters()),
+        "seconds_a_step": step,
+        "pairs_a_second": config.batch_size * config.accumulate / step,
+        "hours": step * config.steps / 3600,
+        "peak_memory_GB": peak / 1e9,
+        "device": "cuda" if on_gpu else "cpu",
+    }

@@ -1,0 +1,162 @@
+"""What a training step asks of a module: pose, damage, match, restore, and the terms of the loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..losses import local_ncc_loss, restoration_loss, smoothness_loss
+from ..models.backbone import Features
+from ..models.gvsl import GVSL
+from ..spatial import affine_coordinates, compose, identity_grid, warp
+from .augment import apply_pose, damage, sample_pose
+from .config import PretrainConfig
+from .data import Pair, seeded
+
+CONTRAST_POINTS = 256  # voxels of each image whose match is sought among the others
+CONTRAST_TEMPERATURE = 0.1
+MATCHED_VOXELS = 1.0  # a point's match lies nearer than this, or it has none
+
+
+class Batch(NamedTuple):
+    """Posed pairs on the device, each tensor (B, ...).
+
+    fixed, damaged, moving: (B, 1, *crop). anatomy_fixed, anatomy_moving: (B, n + 1, *crop), where each voxel lies in
+    the common anatomy, in voxels, and a last channel that is 1 where that is known; (B, 0, *crop) if nobody asks.
+    """
+
+    fixed: Tensor
+    damaged: Tensor
+    moving: Tensor
+    anatomy_fixed: Tensor
+    anatomy_moving: Tensor
+
+
+def make_batch(pairs: list[Pair], numbers: list[int], config: PretrainConfig, device: torch.device) -> Batch:
+    """Pose and damage pairs on the device; the draws of a pair are a function of the seed and its number."""
+    rows = []
+    for pair, number in zip(pairs, numbers, strict=True):
+        generator = seeded(device, config.seed, 1, number)
+        images = torch.stack([pair.fixed, pair.moving]).to(device)  # (2, 1, *crop)
+        if config.known:
+            known = torch.full_like(images, float(pair.known))
+            images = torch.cat([images, pair.anatomy.to(device), known], 1)
+        fixed, moving = apply_pose(images, sample_pose(config.crop, generator)).split(1)
+        image = fixed[:, :1]
+        share = 0.0 if config.objective == "matching" else config.damage_share
+        damaging = float(torch.rand(1, generator=generator, device=device)) < share
+        damaged = damage(image, generator) if damaging else image
+        rows.append(Batch(image, damaged, moving[:, :1], fixed[:, 1:], moving[:, 1:]))
+    return Batch(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
+
+
+class Pretraining(nn.Module):
+    """A whole module and its loss, as one module, so that parallel wrappers see a single forward pass.
+
+    forward(batch, generator) -> the terms of the loss by name, each weighted, scalar, float32.
+    """
+
+    def __init__(self, model: GVSL, config: PretrainConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.matches = config.objective != "restoration"
+        self.restores = config.objective != "matching"
+        outputs = (model.fc_rot, model.fc_scl, model.fc_trans, model.fc_shear)
+        for heads, used in (
+            ((model.f_conv, *outputs), config.objective in ("gvsl", "matching")),
+            ((model.sp_conv, model.out_flow), self.matches),
+            ((model.res_conv,), self.restores),
+        ):
+            for head in heads:
+                head.requires_grad_(used)
+        if not model.fc_rot.weight.requires_grad:  # an affine head that is not trained gives the identity
+            for output in outputs:
+                nn.init.zeros_(output.weight)
+                nn.init.zeros_(output.bias)
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        config, model = self.config, self.model
+        terms: dict[str, Tensor] = {}
+        restored: Tensor | None = None
+        with torch.autocast(batch.fixed.device.type, torch.bfloat16, enabled=config.bf16):
+            if not self.matches:
+                local = model.unet.forward_features(batch.damaged).local
+                restored = model.restore(local)
+            else:
+                f_fixed, f_moving = model.features(batch.damaged, batch.moving)
+                affine, flow = model.match(f_fixed, f_moving)
+                if self.restores:
+                    restored = model.restore(f_fixed.local)
+        if self.matches:
+            displacement = compose(affine, flow)
+            terms["ncc"] = config.ncc * local_ncc_loss(warp(batch.moving, displacement), batch.fixed)
+            terms["smoothness"] = config.smoothness * smoothness_loss(flow)
+            if config.known:
+                terms |= self._known_terms(batch, affine, displacement, f_fixed, f_moving, generator)
+        if restored is not None:
+            terms["restoration"] = config.restoration * restoration_loss(restored, batch.fixed)
+        return terms
+
+    def _known_terms(
+        self,
+        batch: Batch,
+        affine: Tensor,
+        displacement: Tensor,
+        f_fixed: Features,
+        f_moving: Features,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        config, terms = self.config, {}
+        if config.displacement:
+            error = known_error(batch.anatomy_fixed, batch.anatomy_moving, displacement)
+            terms["displacement"] = config.displacement * error
+        if config.affine:
+            shape = displacement.shape[2:]
+            alone = affine_coordinates(affine, shape) - identity_grid(shape, affine)
+            terms["affine"] = config.affine * known_error(batch.anatomy_fixed, batch.anatomy_moving, alone)
+        if config.contrast:
+            pairs = (f_fixed.local, f_moving.local, batch.anatomy_fixed, batch.anatomy_moving)
+            terms["contrast"] = config.contrast * contrast_loss(*pairs, generator)
+        return terms
+
+
+def known_error(anatomy_fixed: Tensor, anatomy_moving: Tensor, displacement: Tensor) -> Tensor:
+    """How far, in voxels, a displacement leads from the known match: mean of |error| (smooth below 1), scalar.
+
+    A voxel x of the fixed image is matched by x + u(x) when both lie at one point of the common anatomy; so no known
+    displacement has to be inverted. Args: anatomies (B, n + 1, *shape) as in Batch; displacement (B, n, *shape).
+    """
+    found = warp(anatomy_moving, displacement)
+    known = (anatomy_fixed[:, -1:] > 0.99) & (found[:, -1:] > 0.99)
+    error = F.smooth_l1_loss(found[:, :-1], anatomy_fixed[:, :-1], reduction="none")
+    return (error * known).sum() / (known.sum() * error.shape[1]).clamp_min(1)
+
+
+def contrast_loss(
+    local_fixed: Tensor, local_moving: Tensor, anatomy_fixed: Tensor, anatomy_moving: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Dense contrast: the feature of a voxel must name its known match among those of other voxels; scalar.
+
+    InfoNCE over `CONTRAST_POINTS` voxels of the fixed image and their nearest voxels, in the common anatomy, of the
+    moving one. Args: features (B, C, *shape); anatomies (B, n + 1, *shape) as in Batch.
+    """
+    losses = []
+    for f, m, a, b in zip(local_fixed, local_moving, anatomy_fixed, anatomy_moving, strict=True):
+        f, m, a, b = f.flatten(1), m.flatten(1), a.flatten(1), b.flatten(1)
+        points = torch.randint(a.shape[1], (CONTRAST_POINTS,), generator=generator, device=a.device)
+        candidates = torch.where(b[-1] > 0.99, 0.0, torch.inf)  # (voxels,)
+        distance = torch.cdist(a[:-1, points].T, b[:-1].T) + candidates
+        nearest, matches = distance.min(1)
+        kept = (nearest < MATCHED_VOXELS) & (a[-1, points] > 0.99)
+        if kept.sum() < 2:
+            losses.append(f.float().sum() * 0)
+            continue
+        own = F.normalize(f[:, points[kept]].float(), dim=0)
+        theirs = F.normalize(m[:, matches[kept]].float(), dim=0)
+        logits = own.T @ theirs / CONTRAST_TEMPERATURE
+        target = torch.arange(len(logits), device=logits.device)
+        losses.append((F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2)
+    return torch.stack(losses).mean()

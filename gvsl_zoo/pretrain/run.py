@@ -1,0 +1,182 @@
+"""The folder of a run: its settings, log, checkpoints and lock.
+
+RUN/
+    config.json              settings
+    log.jsonl                a line a step
+    checkpoints/00000250/    model, optimizer, ema (averaged weights) as safetensors; state.json: their hashes
+    curves.png, pair.png     learning curves, and what the model makes of a held-out pair
+    model.safetensors        of the last checkpoint, with its entry: what `load(RUN)` opens
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .. import __version__
+from ..cache import sha256_of
+from ..errors import ArgumentError, TrainingError, WeightsError
+from ..registry import ModelEntry
+from ..weights import METADATA_KEY, WEIGHTS_NAME, open_weights, write_weights, write_whole
+from .config import PretrainConfig
+
+STATE_VERSION = 1
+STATE, LOG, SETTINGS = "state.json", "log.jsonl", "config.json"
+Tensors = Mapping[str, Tensor]
+
+
+class State(NamedTuple):
+    """What a checkpoint holds, tensors by file and name: model, optimizer and perhaps ema."""
+
+    step: int
+    pairs_a_step: int
+    tensors: dict[str, dict[str, Tensor]]
+
+
+class Run:
+    """A run's folder, open for one process group at a time."""
+
+    def __init__(self, folder: Path, config: PretrainConfig) -> None:
+        self.folder, self.config = folder, config
+        self.checkpoints = folder / "checkpoints"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The sole right to write here.
+
+        Raises: TrainingError if another run has it, ArgumentError for settings other than those of the run so far.
+        """
+        from filelock import FileLock, Timeout
+
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / ".lock", timeout=0):
+                self._check_settings()
+                for orphan in self.checkpoints.glob(".*.partial"):
+                    shutil.rmtree(orphan, ignore_errors=True)
+                yield
+        except Timeout:
+            raise TrainingError(f"another run is writing to {self.folder}", "wait for it, or choose a folder") from None
+
+    def _check_settings(self) -> None:
+        path, given = self.folder / SETTINGS, asdict(self.config)
+        if path.exists():
+            before = _read_json(path)
+            given = json.loads(json.dumps(given))
+            changed = {key: (before.get(key), value) for key, value in given.items() if before.get(key) != value}
+            if changed:
+                listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
+                raise ArgumentError(
+                    f"{self.folder} holds a run with other settings: {listed}", "use the same, or another folder"
+                )
+        else:
+            write_whole(path, json.dumps(given, indent=2).encode())
+
+    def latest(self) -> State | None:
+        """The newest checkpoint that is whole; a damaged one is passed over, which is said. None if there is none."""
+        for folder in sorted(self.checkpoints.glob("[0-9]*"), reverse=True):
+            try:
+                return _read_checkpoint(folder)
+            except (WeightsError, OSError, ValueError, KeyError, TypeError) as error:
+                cause = getattr(error, "cause", None) or f"{type(error).__name__}: {error}"
+                warnings.warn(f"the checkpoint {folder} is passed over: {cause}", stacklevel=2)
+        return None
+
+    def save(self, state: State, entry: ModelEntry) -> None:
+        """Write a checkpoint under a temporary name and rename it; then let go of the oldest ones.
+
+        The model that `load` opens is the averaged one, where there is one.
+        """
+        name = f"{state.step:08d}"
+        partial = self.checkpoints / f".{name}.partial"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            metadata = {"format": "pt", METADATA_KEY: json.dumps(entry.to_dict())}
+            for part, tensors in state.tensors.items():
+                write_weights(tensors, partial / f"{part}.safetensors", {} if part == "optimizer" else metadata)
+            hashes = {path.name: sha256_of(path) for path in partial.iterdir()}
+            facts = {"version": STATE_VERSION, "made_by": __version__, "step": state.step, "files": hashes}
+            facts["pairs_a_step"] = state.pairs_a_step
+            write_whole(partial / STATE, json.dumps(facts, indent=2).encode())
+            _sync(partial)
+            final = self.checkpoints / name
+            if final.exists():
+                shutil.rmtree(final)
+            partial.rename(final)
+            _sync(self.checkpoints)
+            kept = "ema" if "ema" in state.tensors else "model"
+            self._publish(final / f"{kept}.safetensors")
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            cause = f"the checkpoint of step {state.step} cannot be written to {self.folder}: {error.strerror or error}"
+            raise TrainingError(cause, "free space; the run goes on from the checkpoint before") from error
+        for old in sorted(self.checkpoints.glob("[0-9]*"))[: -self.config.keep_last]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _publish(self, path: Path) -> None:
+        """Put a checkpoint's model where `load` looks, as a second name of the same file if the disk knows such."""
+        link = self.folder / f".{WEIGHTS_NAME}.partial"
+        link.unlink(missing_ok=True)
+        try:
+            os.link(path, link)
+        except OSError:
+            shutil.copyfile(path, link)
+        link.replace(self.folder / WEIGHTS_NAME)
+
+    def truncate_log(self, step: int) -> None:
+        """Forget what was logged after the checkpoint of `step`: those steps run again."""
+        path = self.folder / LOG
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            write_whole(path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{path} cannot be read: {error}", "restore it, or choose another folder") from None
+    if not isinstance(data, dict):
+        raise TrainingError(f"{path} holds no settings", "restore it, or choose another folder")
+    return data
+
+
+def _read_checkpoint(folder: Path) -> State:
+    facts = json.loads((folder / STATE).read_bytes())
+    if facts["version"] > STATE_VERSION:
+        raise TrainingError(f"{folder} was written by gvsl-zoo {facts['made_by']}", "upgrade gvsl-zoo to go on from it")
+    tensors = {}
+    for name, sha256 in facts["files"].items():
+        path = folder / name
+        if sha256_of(path) != sha256:
+            raise WeightsError(f"{path} is no longer what was written", "")
+        file = open_weights(path)
+        tensors[path.stem] = {slot: file.tensor(slot) for slot in file.slots}
+    return State(int(facts["step"]), int(facts["pairs_a_step"]), tensors)
+
+
+def _sync(folder: Path) -> None:
+    """Bring the names in a folder to the disk; where folders cannot be opened (Windows) that is the system's affair."""
+    with suppress(PermissionError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def finished(out: Path) -> dict[str, Any]:
+    """What a run ended with: its last record, and where its files are."""
+    lines = (out / LOG).read_text().splitlines()
+    last = json.loads(lines[-1])
+    return {"run": str(out), "weights": str(out / WEIGHTS_NAME)} | last
