@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from gvsl_zoo.pretrain.config import PretrainConfig
-from gvsl_zoo.pretrain.data import Scan
+from gvsl_zoo.pretrain.data import Scan, ScanPairs
 from gvsl_zoo.pretrain.loop import pretrain
 from gvsl_zoo.registry import model_info
 from gvsl_zoo.volume import Preprocessing, prepare, read_volume
@@ -51,7 +51,7 @@ def main() -> None:
             scans.append(Scan(image, region))
             print(region, name, tuple(image.shape[1:]))
     print(dataclasses.asdict(config))
-    model = pretrain(config, options.out, scans)
+    model = pretrain(config, options.out, ScanPairs(scans, config.crop), device="cpu")
     entry = dataclasses.replace(model_info("gvsl-unet-ct-nano"), sources=(), evaluation=())
     path = save_pretrained(model, options.out, entry=entry, dtype=torch.float16)
     print(f"{path}: sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}")

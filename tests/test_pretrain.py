@@ -11,10 +11,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from gvsl_zoo import load
+from gvsl_zoo.cli import main
 from gvsl_zoo.errors import ArgumentError, TrainingError
 from gvsl_zoo.losses import restoration_loss
 from gvsl_zoo.models.gvsl import GVSL
@@ -22,9 +26,21 @@ from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.pretrain import loop
 from gvsl_zoo.pretrain.anatomy import sample_subject, true_displacement
 from gvsl_zoo.pretrain.config import PRESETS, PretrainConfig
-from gvsl_zoo.pretrain.data import EASIEST_VARIATION, Numbers, Pair, Pairs, Scan, ScanPairs, SyntheticPairs, seeded
+from gvsl_zoo.pretrain.data import (
+    EASIEST_VARIATION,
+    Numbers,
+    Pair,
+    Pairs,
+    Scan,
+    ScanPairs,
+    StorePairs,
+    SyntheticPairs,
+    seeded,
+)
 from gvsl_zoo.pretrain.objective import Batch, Pretraining, contrast_loss, known_error, make_batch
+from gvsl_zoo.pretrain.prepare import prepare_store
 from gvsl_zoo.pretrain.run import Run, State
+from gvsl_zoo.pretrain.store import Store
 from gvsl_zoo.pretrain.validate import organ_dice, psnr, validate
 
 pytest.importorskip("accelerate")
@@ -664,3 +680,125 @@ def test_a_short_training_learns_to_restore_images_it_has_not_seen(tmp_path):
 def test_a_run_on_a_gpu_logs_finite_terms(tmp_path):
     loop.pretrain(settings(2), tmp_path, device="cuda")
     assert all(torch.tensor([record[term] for term in TERMS]).isfinite().all() for record in records(tmp_path))
+
+
+# --- Stores ---------------------------------------------------------------------------------------------------------
+
+
+def put_scans(folder, names, shape=(20, 18, 24), spacing=12.0):
+    """Scans of HU that are their number, 100 times: file i holds 100 (i + 1)."""
+    folder.mkdir(parents=True)
+    for i, name in enumerate(names):
+        data = np.full(shape, 100 * (i + 1), np.int16)
+        data[:2] = -1000
+        nib.save(nib.Nifti1Image(data, np.diag([spacing] * 3 + [1])), folder / f"{name}.nii.gz")
+
+
+def number(image):
+    """Which scan a crop came from: the value of its brightest voxels."""
+    return round((image.max().item() * 2048 - 1024) / 100)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Five scans of three subjects in two strata: 1, 2 (a) and 3 (b) of the chest, 4 (c) and 5 (d) of the head."""
+    names = ["one", "two", "three", "four", "five"]
+    put_scans(tmp_path / "scans", names)
+    rows = ["path,subject,stratum"]
+    rows += [f"{n}.nii.gz,{s},{t}" for n, s, t in zip(names, "aabcd", ["chest"] * 3 + ["head"] * 2, strict=True)]
+    (tmp_path / "table.csv").write_text("\n".join(rows))
+    prepare_store(tmp_path / "scans", tmp_path / "store", spacing_mm=12.0, table=tmp_path / "table.csv")
+    return Store(tmp_path / "store")
+
+
+def test_pairs_of_a_store_are_two_subjects_of_one_stratum(store, generator):
+    pairs = StorePairs(store, CROP, 12.0)
+    drawn = {tuple(map(number, pairs.draw(generator))) for _ in range(300)}
+    assert drawn == {(1, 3), (2, 3), (3, 1), (3, 2), (4, 5), (5, 4)}
+
+
+@pytest.mark.parametrize("crop", [(16, 16, 16), (32, 16, 40)], ids=str)
+def test_crops_of_a_store_have_the_size_asked_for_with_air_where_scans_end(store, generator, crop):
+    for image in StorePairs(store, crop, 12.0).draw(generator):
+        assert image.shape == (1, *crop) and image.dtype == torch.float32
+        inside = np.prod([min(c, s) for c, s in zip(crop, (24, 18, 20), strict=True)])
+        assert (image > 0.4).sum() >= 0.8 * inside and (image > 0).sum() <= inside
+
+
+def test_a_store_for_other_settings_is_refused(store, tmp_path):
+    with pytest.raises(ArgumentError, match=r"a store of 3D volumes of 12.0 mm .* with --ndim 3 --spacing-mm 4"):
+        StorePairs(store, CROP, 4.0)
+    put_scans(tmp_path / "single", ["only"])
+    prepare_store(tmp_path / "single", tmp_path / "alone", spacing_mm=12.0)
+    with pytest.raises(ArgumentError, match="1 volumes, no two subjects of one stratum"):
+        StorePairs(Store(tmp_path / "alone"), CROP, 12.0)
+
+
+def test_a_run_on_a_store_goes_on_bit_for_bit(store, tmp_path, monkeypatch):
+    def run(folder):
+        config = settings(synthetic_share=0.0, ramp_steps=0)
+        return loop.pretrain(
+            config, tmp_path / folder, StorePairs(store, CROP, 12.0), device="cpu", workers=1
+        ).state_dict()
+
+    whole = run("whole")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3, KeyboardInterrupt("power cut"))
+        with pytest.raises(KeyboardInterrupt, match="power cut"):
+            run("cut")
+    assert same(run("cut"), whole)
+
+
+# --- The command ----------------------------------------------------------------------------------------------------
+
+
+def command(*args):
+    return CliRunner().invoke(main, ["pretrain", *map(str, args)])
+
+
+SMALL = ["--crop", 16, "--set", "spacing_mm=12.0", "--set", "affine_width=8", "--set", "bf16=false", "--device", "cpu"]
+
+
+def test_the_command_trains_resumes_and_says_what_it_made(tmp_path):
+    first = command("--out", tmp_path / "run", "--steps", 2, "--save-every", 1, "--workers", 0, *SMALL, "--json")
+    assert first.exit_code == 0, first.output
+    facts = json.loads(first.stdout)
+    assert facts["step"] == 2 and load(facts["weights"]).entry.name == "gvsl-run"
+    again = command("--out", tmp_path / "run", "--steps", 2, "--save-every", 1, *SMALL)
+    assert again.exit_code == 2 and "holds a run; add --resume" in again.stderr
+    resumed = command("--out", tmp_path / "run", "--steps", 2, "--save-every", 1, "--resume", *SMALL)
+    assert resumed.exit_code == 0, resumed.output
+
+
+def test_the_command_trains_on_a_store_and_from_a_model(store, tmp_path):
+    train(tmp_path / "start", 1)
+    result = command(
+        *("--data", store.path, "--out", tmp_path / "run", "--steps", 1, "--init", tmp_path / "start"), *SMALL
+    )
+    assert result.exit_code == 0, result.output
+
+
+def test_a_dry_run_estimates_and_writes_nothing(tmp_path):
+    result = command("--out", tmp_path / "run", "--steps", 1000, "--dry-run", "--workers", 0, *SMALL, "--json")
+    facts = json.loads(result.stdout)
+    assert facts["hours"] > 0 and facts["peak_memory_GB"] > 0 and facts["parameters"] > 10**6
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "match"),
+    [
+        (["--data", "nowhere"], "nowhere"),
+        (["--objective", "magic"], "objective 'magic'"),
+        (["--set", "depth=5"], "unknown settings depth"),
+        (["--set", "ncc"], "'ncc' is no setting; write name=value"),
+        (["--set", "ema=high"], "settings of the wrong kind"),
+        (["--init", "gvsl-unet-ct-nano"], "other tensors than a run of width 8, affine_width 8"),
+        (["--device", "tpu"], "device 'tpu' for a run"),
+    ],
+    ids=lambda a: " ".join(a) if isinstance(a, list) else "",
+)
+def test_a_call_that_cannot_train_says_why_in_a_line(tmp_path, args, match):
+    result = command("--out", tmp_path / "run", "--steps", 1, *SMALL, *args)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.exit_code in (1, 2) and len(errors) == 1 and match in errors[0], result.output

@@ -530,14 +530,20 @@ def test_without_the_right_to_write_nothing_is_pushed_and_no_token_told(token, m
     ("what", "match"),
     [
         (status(500, on=at("/commit/")), "the Hub answered 500; push again"),
-        (status(409, on=at("/commit/")), rf"the Hub reports a conflict for {REPO} \(409\): somebody else writes to it; push again"),
+        (
+            status(409, on=at("/commit/")),
+            rf"the Hub reports a conflict for {REPO} \(409\): somebody else writes to it; push again",
+        ),
         (status(500, on=at("/repos/create")), "the Hub answered 500; push again"),
         (status(503, on=at("/preupload/")), "the Hub answered 503; push again"),
         (status(500, on=at("/objects/batch")), "the Hub answered 500; push again"),
         (status(500, on=at("/upload/")), "the Hub answered 500; push again"),
         (status(403, on=at("/upload/")), rf"the Hub .*{REPO}"),
         (status(429, headers={"Retry-After": "3600"}, on=at("/commit/")), r"asked too often \(429\); (push|try) again"),
-        (reset(None, on=at("/repos/create")), r"the connection to http://127\.0\.0\.1:\d+ failed \(\w+: .*; push again"),
+        (
+            reset(None, on=at("/repos/create")),
+            r"the connection to http://127\.0\.0\.1:\d+ failed \(\w+: .*; push again",
+        ),
         (html_portal(at("/commit/")), "the connection to .* failed .*; push again"),
     ],
     ids=["commit", "conflict", "create", "preupload", "batch", "upload", "denied", "often", "reset", "portal"],

@@ -120,7 +120,9 @@ class StorePairs:
         self.places = np.flatnonzero(~alone)
         self.subject = subject
         if not len(self.places):
-            raise ArgumentError(f"{len(store)} volumes, no two subjects of one stratum", "pairs need different subjects")
+            raise ArgumentError(
+                f"{len(store)} volumes, no two subjects of one stratum", "pairs need different subjects"
+            )
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Fixed and moving image, each (1, *crop) in [0, 1]."""
