@@ -1,4 +1,4 @@
-"""The page on weights is right: its Python and its commands run, in order, against a Hub and a Drive on loopback."""
+"""The pages are right: their Python and commands run, in order; weights.md against a Hub and a Drive on loopback."""
 
 from __future__ import annotations
 
@@ -13,11 +13,29 @@ from click.testing import CliRunner
 from drive_server import DriveServer, confirm_page, file
 from hub_server import Hub
 
-from gvsl_zoo import drive, registry
+from gvsl_zoo import drive, registry, write_volume
 from gvsl_zoo.cli import main
+from gvsl_zoo.demo import as_volume
+from gvsl_zoo.pretrain.anatomy import sample_subject
+from gvsl_zoo.pretrain.config import PRESETS, PretrainConfig
 
-PAGE = (Path(__file__).parent.parent / "docs" / "weights.md").read_text()
-BLOCKS = re.findall(r"```(python|sh)\n(.*?)```", PAGE, re.DOTALL)
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = (DOCS / "weights.md").read_text()
+
+
+def run_blocks(page, monkeypatch):
+    """Run the blocks of a page in order; returns the names that its Python left, and the number of blocks."""
+    names: dict = {}
+    blocks = re.findall(r"```(python|sh)\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    for kind, block in blocks:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if kind == "python":
+                exec(compile(block, page, "exec"), names)
+            else:
+                for line in filter(None, block.splitlines()):
+                    run_line(line, monkeypatch)
+    return names, len(blocks)
 
 
 @pytest.fixture
@@ -61,16 +79,9 @@ def run_line(line, monkeypatch):
 
 
 @pytest.mark.slow
-def test_every_block_of_the_page_runs_in_order(somewhere, monkeypatch):
-    names: dict = {}
-    for kind, block in BLOCKS:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if kind == "python":
-                exec(compile(block, "weights.md", "exec"), names)
-            else:
-                for line in filter(None, block.splitlines()):
-                    run_line(line, monkeypatch)
+def test_every_block_of_the_page_on_weights_runs_in_order(somewhere, monkeypatch):
+    names, blocks = run_blocks("weights.md", monkeypatch)
+    assert blocks >= 9
     assert names["report"].revision in somewhere.repos["org/my-model"].commits
     assert names["again"].load_report.loaded == names["net"].load_report.loaded - 32
     assert Path("bundle.safetensors").is_file() and Path("gvsl-unet-ct.safetensors").is_file()
@@ -79,4 +90,25 @@ def test_every_block_of_the_page_runs_in_order(somewhere, monkeypatch):
 def test_the_page_names_every_command_that_handles_weights():
     handling = {"download", "convert", "export", "import", "push", "verify", "doctor", "cache"}
     assert {command for command in handling if f"gvsl-zoo {command}" in PAGE} == handling
-    assert len(BLOCKS) >= 9
+
+
+@pytest.mark.slow
+def test_every_block_of_the_page_on_pretraining_runs_in_order(tmp_path, monkeypatch):
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    Path("scans").mkdir()
+    for seed, name in enumerate("abc"):
+        subject = sample_subject((40, 40, 48), torch.Generator().manual_seed(seed), (6.0, 6.0, 6.0))
+        write_volume(as_volume(subject), f"scans/{name}.nii.gz")
+    table = re.search(r"```text\n(path,.*?)```", (DOCS / "pretrain.md").read_text(), re.DOTALL)
+    Path("subjects.csv").write_text(table[1])
+    names, blocks = run_blocks("pretrain.md", monkeypatch)
+    assert blocks == 4 and names["net"].entry.name == "gvsl-try"
+    assert Path("try/curves.png").is_file() and Path("store-by-region/index.npy").is_file()
+
+
+def test_the_presets_of_the_page_are_those_of_the_package():
+    for name, preset in PRESETS.items():
+        config = PretrainConfig(steps=1, **preset)
+        row = f"| `{name}` | {config.width} | {config.crop[0]} | {config.spacing_mm:g} mm | {config.batch_size} |"
+        assert row in (DOCS / "pretrain.md").read_text()
