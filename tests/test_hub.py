@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -768,7 +769,7 @@ def test_when_hub_and_drive_are_down_both_are_named(server, authors, two_sources
 
 # --- Hostile answers --------------------------------------------------------------------------------------------------
 
-OUTSIDE = ["../../../../evil", "/tmp/evil", "..%2f..%2fevil", "a/b", "..", "x" * 300, "a\\b"]
+OUTSIDE = ["../../../../evil", f"{tempfile.gettempdir()}/evil", "..%2f..%2fevil", "a/b", "..", "x" * 300, "a\\b"]
 
 
 @pytest.mark.parametrize("value", OUTSIDE)
@@ -778,7 +779,7 @@ def test_what_the_hub_announces_cannot_lead_out_of_the_cache(header, value, serv
     before = {path for path in tmp_path.rglob("*")}
     refused(re.escape(f"the Hub announces the hash or commit {value[:80]!r}; report it"))
     assert all(path.is_relative_to(tmp_path / "cache") for path in {*tmp_path.rglob("*")} - before)
-    assert not Path("/tmp/evil").exists() and list(tmp_path.rglob("evil*")) == []
+    assert not Path(tempfile.gettempdir(), "evil").exists() and list(tmp_path.rglob("evil*")) == []
     works_again(server)
 
 

@@ -7,6 +7,7 @@ import math
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
@@ -23,7 +24,7 @@ from ..models.gvsl import GVSL
 from ..models.unet import UNet
 from ..report import curves_picture
 from .config import PretrainConfig
-from .data import Numbers, Pairs, PairSource, seeded
+from .data import Numbers, Pair, Pairs, PairSource, seeded
 from .entry import describe
 from .objective import Pretraining, make_batch
 from .run import LOG, Run, State
@@ -77,34 +78,12 @@ def pretrain(
         if main:
             run.truncate_log(step)
         parallel = accelerator.prepare(torch.compile(task) if config.compile else task)
-        numbers = Numbers(
-            step,
-            config.steps,
-            config.batch_size,
-            config.accumulate,
-            accelerator.num_processes,
-            accelerator.process_index,
-        )
-        pairs = Pairs(config, real, pairs_a_step)
-        loader = iter(
-            zip(numbers, DataLoader(pairs, batch_sampler=numbers, num_workers=workers, collate_fn=list), strict=True)
-        )
-        log = (out / LOG).open("a") if main else None
+        batches = draw(config, real, step, workers, accelerator)
         while step < config.steps:
             started = time.perf_counter()
-            torch.manual_seed(seeded("cpu", config.seed, 2, step, accelerator.process_index).initial_seed())
-            sums: Record = {}
-            for forward in range(config.accumulate):
-                indices, drawn = next(loader)
-                batch = make_batch(drawn, indices, config, accelerator.device)
-                generator = seeded(accelerator.device, config.seed, 3, indices[0])
-                last = forward == config.accumulate - 1
-                with nullcontext() if last else accelerator.no_sync(parallel):
-                    terms = parallel(batch, generator)
-                    accelerator.backward(sum(terms.values(), batch.fixed.new_zeros(())) / config.accumulate)
-                sums = {name: sums.get(name, 0.0) + term.item() / config.accumulate for name, term in terms.items()}
+            terms = backward(parallel, batches, config, step, accelerator)
             norm = torch.nn.utils.clip_grad_norm_(task.parameters(), config.clip_norm).item()
-            record, stop = agree(accelerator, sums, norm, stopping.is_set())
+            record, stop = agree(accelerator, terms, norm, stopping.is_set())
             check_finite(record, step, out)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
@@ -115,24 +94,56 @@ def pretrain(
             step += 1
 
             record = {"step": step} | record | {"seconds": time.perf_counter() - started}
-            saving = step % config.save_every == 0 or step == config.steps or stop
-            if main and log is not None:
-                if saving and not stop:
-                    record |= validated(kept, config)
-                log.write(json.dumps(record) + "\n")
-                log.flush()
+            saving = step % config.save_every == 0 or step == config.steps
+            if main:
                 if saving:
+                    record |= validated(kept, config)
+                run.log(record)
+                if saving or stop:
                     run.save(State(step, pairs_a_step, snapshot(model, averaged, optimizer)), entry)
-                    if not stop:
-                        draw_run(kept, config, out)
+                if saving:
+                    draw_run(kept, config, out)
                 if progress:
                     progress(record)
             if stop:
                 raise SystemExit(STOPPED)
-        if log is not None:
-            log.close()
         accelerator.wait_for_everyone()
     return kept.eval()
+
+
+# --- A step -----------------------------------------------------------------------------------------------------
+
+
+def draw(
+    config: PretrainConfig, real: PairSource | None, step: int, workers: int, accelerator: Any
+) -> Iterator[tuple[list[int], list[Pair]]]:
+    """The pairs of this process, a list a forward pass, with their numbers, from `step` to the end of the run."""
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    numbers = Numbers(step, config.steps, config.batch_size, config.accumulate, processes, rank)
+    pairs = Pairs(config, real, config.batch_size * config.accumulate * processes)
+    loader = DataLoader(pairs, batch_sampler=numbers, num_workers=workers, collate_fn=list)
+    return zip(numbers, loader, strict=True)
+
+
+def backward(
+    task: torch.nn.Module,
+    batches: Iterator[tuple[list[int], list[Pair]]],
+    config: PretrainConfig,
+    step: int,
+    accelerator: Any,
+) -> Record:
+    """Sum the gradients of a step's forward passes; return the means of the loss's terms."""
+    device, sums = accelerator.device, Counter[str]()
+    torch.manual_seed(seeded("cpu", config.seed, 2, step, accelerator.process_index).initial_seed())
+    for forward in range(config.accumulate):
+        numbers, pairs = next(batches)
+        batch = make_batch(pairs, numbers, config, device)
+        last = forward == config.accumulate - 1
+        with nullcontext() if last else accelerator.no_sync(task):
+            terms = task(batch, seeded(device, config.seed, 3, numbers[0]))
+            accelerator.backward(sum(terms.values(), torch.zeros((), device=device)) / config.accumulate)
+        sums.update({name: term.item() / config.accumulate for name, term in terms.items()})
+    return dict(sums)
 
 
 # --- What is trained ----------------------------------------------------------------------------------------

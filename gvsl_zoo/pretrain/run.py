@@ -133,6 +133,11 @@ class Run:
             shutil.copyfile(path, link)
         link.replace(self.folder / WEIGHTS_NAME)
 
+    def log(self, record: dict[str, float]) -> None:
+        """Add a line to the log."""
+        with (self.folder / LOG).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
     def truncate_log(self, step: int) -> None:
         """Forget what was logged after the checkpoint of `step`: those steps run again."""
         path = self.folder / LOG
