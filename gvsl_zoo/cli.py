@@ -449,10 +449,11 @@ def prepare_command(
 
 
 @main.command("pretrain")
-@click.option("--data", default="synthetic", show_default=True, help="synthetic, or a store that 'prepare' wrote.")
+@click.option("--data", default="synthetic", show_default=True, help="synthetic, a store, or a folder of scans.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option("--steps", required=True, type=click.IntRange(1), help="Steps of the whole run.")
 @click.option("--preset", type=click.Choice(["nano", "small", "base"]), default="nano", show_default=True)
+@click.option("--ndim", type=click.IntRange(2, 3), help="2: films.  [default: 3]")
 @click.option("--objective", help="gvsl, restoration, matching or no-affine.  [default: gvsl]")
 @click.option("--batch-size", type=click.IntRange(1), help="Pairs a process.")
 @click.option("--crop", type=click.IntRange(16), help="Voxels an axis.")
@@ -493,7 +494,7 @@ def pretrain_command(
     config = settings_of(preset, steps, named, others)
     if (out / "checkpoints").exists() and not (resume or dry_run):
         raise ArgumentError(f"{out} holds a run", "add --resume to go on with it, or choose another folder")
-    real = open_data(data, config)
+    real = open_data(data, config, None if dry_run else out)
     start = load(init, task="pretraining") if init else None
     if dry_run:
         show(estimate(config, real, device, workers), as_json)

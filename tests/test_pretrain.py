@@ -24,7 +24,7 @@ from gvsl_zoo.losses import restoration_loss
 from gvsl_zoo.models.gvsl import GVSL
 from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.pretrain import loop
-from gvsl_zoo.pretrain.anatomy import sample_subject, true_displacement
+from gvsl_zoo.pretrain.anatomy import sample_film, sample_subject, true_displacement
 from gvsl_zoo.pretrain.config import PRESETS, PretrainConfig
 from gvsl_zoo.pretrain.data import (
     EASIEST_VARIATION,
@@ -41,7 +41,7 @@ from gvsl_zoo.pretrain.objective import Batch, Pretraining, contrast_loss, known
 from gvsl_zoo.pretrain.prepare import prepare_store
 from gvsl_zoo.pretrain.run import Run, State
 from gvsl_zoo.pretrain.store import Store
-from gvsl_zoo.pretrain.validate import organ_dice, psnr, validate
+from gvsl_zoo.pretrain.validate import organ_dice, organs_of, psnr, validate
 
 pytest.importorskip("accelerate")
 CROP = (16, 16, 16)
@@ -118,6 +118,7 @@ def test_a_run_logs_every_step_with_its_terms(tmp_path):
         assert {"affine_sd", "bottleneck_sd", "mean_displacement", "psnr_restored"} <= record.keys()
     assert not model.training
     names = {"log.jsonl", "config.json", "checkpoints", "model.safetensors", "curves.png", "pair.png", ".lock"}
+    names |= {"README.md", "LICENSE", "preprocessor_config.json", "registry.yaml", "tensorboard"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
@@ -127,6 +128,27 @@ def test_a_runs_folder_opens_with_load(tmp_path):
     assert same(again.state_dict(), model.state_dict())
     assert again.entry.name == "gvsl-my-run" and "seed 0" in again.entry.training.recipe
     assert load(tmp_path / "my run", features_only=True).feature_info.channels() == [8, 16, 32, 64, 128]
+
+
+def test_a_finished_run_can_be_listed_in_a_registry_and_has_a_card(tmp_path, monkeypatch):
+    train(tmp_path / "mine", 2)
+    monkeypatch.setenv("GVSL_ZOO_REGISTRY", str(tmp_path / "mine" / "registry.yaml"))
+    entry = load("gvsl-mine", task="registration").entry
+    values = {result.metric: result.value for result in entry.evaluation}
+    assert values["ncc_after"] == pytest.approx(records(tmp_path / "mine")[-1]["ncc_after"], abs=1e-4)
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "held-out synthetic pairs" in card and "not a medical device" in card and "learning_rate 0.002" in card
+
+
+def test_tensorboard_has_every_step_once_after_a_resumption(tmp_path, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3, KeyboardInterrupt("power cut"))
+        with pytest.raises(KeyboardInterrupt, match="power cut"):
+            train(tmp_path)
+    train(tmp_path)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
 
 
 def test_averaged_weights_are_the_ones_that_are_kept(tmp_path):
@@ -610,8 +632,13 @@ def test_a_dead_affine_head_shows():
 
 
 def test_dice_and_psnr_are_what_they_are_called():
-    labels = sample_subject((32, 32, 32), torch.Generator().manual_seed(0), (10.0,) * 3).labels[None, None]
-    assert organ_dice(labels, labels) == 1 and organ_dice(labels, torch.zeros_like(labels)) == 0
+    for draw, shape in ((sample_subject, (32, 32, 32)), (sample_film, (64, 64))):
+        organs = organs_of(draw(shape, torch.Generator().manual_seed(0)))[None]
+        assert organ_dice(organs, organs) == 1 and organ_dice(organs, torch.zeros_like(organs)) == 0
+        assert organs.shape == (1, organs.shape[1], *shape) and organs.dtype == torch.bool
+    half = torch.zeros(1, 1, 10, 20, dtype=torch.bool)
+    half[..., :10] = True
+    assert organ_dice(half, half.roll(5, -1)) == pytest.approx(0.5)
     assert psnr(torch.full((4,), 0.1), torch.zeros(4)) == pytest.approx(20)
 
 
@@ -749,6 +776,36 @@ def test_a_run_on_a_store_goes_on_bit_for_bit(store, tmp_path, monkeypatch):
     assert same(run("cut"), whole)
 
 
+# --- Films ---------------------------------------------------------------------------------------------------------
+
+FLAT = {"ndim": 2, "crop": (32, 32), "spacing_mm": 12.0}
+
+
+@pytest.mark.parametrize("changed", [{}, KNOWN, {"objective": "restoration"}], ids=str)
+def test_a_run_on_films_learns_and_opens(tmp_path, changed):
+    model = train(tmp_path / "films", 2, **FLAT, **changed)
+    log = records(tmp_path / "films")
+    assert all(torch.tensor(list(record.values())).isfinite().all() for record in log)
+    assert 0 < log[-1]["dice_before"] < 1 and log[-1]["affine_sd"] >= 0
+    again = load(tmp_path / "films", task="pretraining")
+    assert same(again.state_dict(), model.state_dict()) and again.entry.ndim == 2
+    assert load(tmp_path / "films")(torch.rand(1, 1, 40, 50)).shape == (1, 8, 40, 50)
+
+
+def test_every_parameter_learns_from_films():
+    task = Pretraining(GVSL(UNet(2, 8), affine_width=8), settings(**FLAT, damage_share=1.0))
+    sum(task(batch(**FLAT, damage_share=1.0), seeded(CPU, 0)).values()).backward()
+    assert [name for name, p in task.model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def test_the_known_error_of_two_films_is_nearly_nothing_at_the_true_displacement():
+    generator = torch.Generator().manual_seed(1)
+    fixed, moving = (sample_film((64, 64), generator, (5.0, 5.0), 0.4) for _ in range(2))
+    anatomy = [torch.cat([film.canonical * 80, torch.ones(1, 64, 64)])[None] for film in (fixed, moving)]
+    truth = true_displacement(fixed, moving)[None]
+    assert known_error(*anatomy, truth) < 0.02 < known_error(*anatomy, torch.zeros_like(truth))
+
+
 # --- The command ----------------------------------------------------------------------------------------------------
 
 
@@ -776,6 +833,21 @@ def test_the_command_trains_on_a_store_and_from_a_model(store, tmp_path):
         *("--data", store.path, "--out", tmp_path / "run", "--steps", 1, "--init", tmp_path / "start"), *SMALL
     )
     assert result.exit_code == 0, result.output
+
+
+def test_the_command_takes_a_folder_of_scans_as_it_is(tmp_path):
+    put_scans(tmp_path / "scans", ["one", "two"])
+    dry = command("--data", tmp_path / "scans", "--out", tmp_path / "run", "--steps", 1, "--dry-run", *SMALL)
+    assert dry.exit_code == 2 and "is no store, and a dry run writes none; run gvsl-zoo prepare first" in dry.stderr
+    result = command("--data", tmp_path / "scans", "--out", tmp_path / "run", "--steps", 1, *SMALL)
+    assert result.exit_code == 0, result.output
+    assert len(Store(tmp_path / "run" / "store")) == 2
+
+
+def test_the_command_trains_on_films(tmp_path):
+    result = command("--ndim", 2, "--out", tmp_path / "run", "--steps", 1, *SMALL)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["crop"] == [16, 16]
 
 
 def test_a_dry_run_estimates_and_writes_nothing(tmp_path):

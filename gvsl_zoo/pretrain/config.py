@@ -61,7 +61,6 @@ class PretrainConfig:
             (min(self.steps, self.batch_size, self.accumulate, self.save_every, self.keep_last) < 1, "a count below 1"),
             (not 0 <= self.ema < 1, f"ema {self.ema}"),
             (not 0 <= self.synthetic_share <= 1, f"synthetic_share {self.synthetic_share}"),
-            (self.ndim == 2 and self.known, "known displacements of films"),
         ):
             if wrong:
                 raise ArgumentError(f"{what} in the settings of a run", "see gvsl_zoo.pretrain.config.PretrainConfig")
@@ -102,13 +101,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ema": 0.999,
     },
 }
+FILMS: dict[str, Any] = {"ndim": 2, "crop": (256, 256), "spacing_mm": 1.5}  # what a preset becomes with ndim 2
 
 
 def settings_of(preset: str, steps: int, named: dict[str, Any], others: tuple[str, ...] = ()) -> PretrainConfig:
     """The settings of a preset with changes: `named` ones (None leaves the preset's; `crop` may be one number for all
     axes) and `others` as text, "name=value".
     """
-    values = PRESETS[preset] | {key: value for key, value in named.items() if value is not None}
+    values = PRESETS[preset] | (FILMS if named.get("ndim") == 2 else {})
+    values |= {key: value for key, value in named.items() if value is not None}
     for text in others:
         name, equals, value = text.partition("=")
         try:

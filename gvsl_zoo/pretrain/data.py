@@ -6,6 +6,7 @@ No sampler has a state: whoever asks for pair k, in whatever process and after w
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,12 @@ from torch.utils.data import Dataset
 
 from ..errors import ArgumentError
 from ..volume import CT_WINDOW_HU
-from .anatomy import CANONICAL_MM, Subject, sample_subject
+from .anatomy import CANONICAL_MM, Film, Subject, sample_film, sample_subject
 from .config import PretrainConfig
+from .prepare import prepare_store
 from .store import Store
 
+Synthetic = Subject | Film
 POSITION_JITTER = 0.05  # of the scan's extent: crops of a pair are alike, not aligned
 EASIEST_VARIATION = 0.2  # of synthetic subjects at the first step: displacements within the window of the NCC
 
@@ -149,24 +152,32 @@ def _below(count: int, generator: torch.Generator) -> int:
 
 
 class SyntheticPairs:
-    """Pairs of different synthetic subjects, drawn anew each time."""
+    """Pairs of different synthetic subjects, drawn anew each time: scans for crops (D, H, W), films for (H, W)."""
 
     def __init__(self, crop: tuple[int, ...], spacing_mm: float) -> None:
         self.crop, self.spacing_mm = crop, spacing_mm
 
-    def subjects(self, generator: torch.Generator, variation: float = 1.0) -> tuple[Subject, Subject]:
+    def subjects(self, generator: torch.Generator, variation: float = 1.0) -> list[Synthetic]:
         """Two subjects on one grid; `variation` as in `sample_subject`."""
+        mm = self.spacing_mm
+        if len(self.crop) == 2:
+            H, W = self.crop
+            return [sample_film((H, W), generator, (mm, mm), variation) for _ in range(2)]
         D, H, W = self.crop
-        spacing = (self.spacing_mm,) * 3
-        first, second = (sample_subject((D, H, W), generator, spacing, variation) for _ in range(2))
-        return first, second
+        return [sample_subject((D, H, W), generator, (mm, mm, mm), variation) for _ in range(2)]
 
-    def pair(self, subjects: tuple[Subject, Subject]) -> Pair:
+    def pair(self, subjects: Sequence[Synthetic]) -> Pair:
         """Their images and their common anatomy."""
-        low, high = CT_WINDOW_HU
-        fixed, moving = (((subject.hu - low) / (high - low)).clamp(0, 1)[None] for subject in subjects)
+        fixed, moving = (_image(subject)[None] for subject in subjects)
         anatomy = torch.stack([subject.canonical for subject in subjects]) * (CANONICAL_MM / self.spacing_mm)
         return Pair(fixed, moving, anatomy, True)
+
+
+def _image(subject: Synthetic) -> Tensor:
+    if isinstance(subject, Film):
+        return subject.image
+    low, high = CT_WINDOW_HU
+    return ((subject.hu - low) / (high - low)).clamp(0, 1)
 
 
 class Pairs(Dataset[Pair]):
@@ -181,7 +192,7 @@ class Pairs(Dataset[Pair]):
         generator = seeded("cpu", config.seed, 0, number)
         step = number // self.pairs_a_step
         difficulty = min(1.0, step / config.ramp_steps) if config.ramp_steps else 1.0
-        scans = (1 - config.synthetic_share) * difficulty if config.ndim == 3 else 1 - config.synthetic_share
+        scans = (1 - config.synthetic_share) * difficulty
         if self.real is not None and float(torch.rand(1, generator=generator)) < scans:
             fixed, moving = self.real.draw(generator)
             return Pair(fixed, moving, torch.zeros(2, config.ndim, *config.crop), False)
@@ -215,8 +226,18 @@ class Numbers:
                 yield list(range(start, start + self.batch_size))
 
 
-def open_data(data: str, config: PretrainConfig) -> PairSource | None:
-    """Pairs of the scans in a store, or None for "synthetic"."""
+def open_data(data: str, config: PretrainConfig, out: Path | None) -> PairSource | None:
+    """Pairs of the scans in a store, or in a folder of files, which becomes the store `out`/store; None: synthetic.
+
+    Raises: ArgumentError for a folder of files without an `out`, or while several processes start.
+    """
     if data == "synthetic":
         return None
+    if Path(data).is_dir() and not (Path(data) / "store.json").exists():
+        if out is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            cause = "several processes start" if out else "a dry run writes none"
+            raise ArgumentError(f"{data} is no store, and {cause}", "run gvsl-zoo prepare first")
+        unit = "HU" if config.ndim == 3 else "grey"
+        prepare_store(Path(data), out / "store", spacing_mm=config.spacing_mm, unit=unit, ndim=config.ndim)
+        data = str(out / "store")
     return StorePairs(Store(Path(data)), config.crop, config.spacing_mm)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import nn
 
-from ..registry import ModelEntry
+from ..cache import sha256_of
+from ..card import card_files
+from ..registry import SCHEMA_VERSION, Evaluation, ModelEntry
+from ..weights import WEIGHTS_NAME, write_whole
 from .config import PretrainConfig
 
 CITATION = (
@@ -46,3 +51,29 @@ def describe(config: PretrainConfig, name: str, model: nn.Module) -> ModelEntry:
             "limits": "Research only, not a medical device. Nothing has been measured on these weights.",
         }
     )
+
+
+def finish(out: Path, entry: ModelEntry, last: dict[str, float]) -> None:
+    """Put beside the weights of a run their card, with what validation measured, and a registry that lists them."""
+    measured = ("ncc_before", "ncc_after", "dice_before", "dice_after", "folded")
+    command = f"gvsl-zoo pretrain --out {out.name} (validation at its end)"
+    results = tuple(
+        Evaluation("registration", "8 held-out synthetic pairs", name, round(last[name], 4), command=command)
+        for name in measured
+    )
+    entry = replace(entry, evaluation=results)
+    for name, text in card_files(entry).items():
+        if name != "config.json":  # a run's is that of its settings
+            write_whole(out / name, text.encode())
+    row = entry.to_dict()
+    del row["name"]
+    row["sources"] = [{"kind": "file", "path": WEIGHTS_NAME, "sha256": sha256_of(out / WEIGHTS_NAME)}]
+    text = yaml.safe_dump({"schema_version": SCHEMA_VERSION, "models": {entry.name: _without_nothing(row)}}, width=100)
+    write_whole(out / "registry.yaml", text.encode())
+
+
+def _without_nothing(value: Any) -> Any:
+    """The same data without fields that say nothing, as a registry has them."""
+    if isinstance(value, dict):
+        return {key: _without_nothing(item) for key, item in value.items() if item is not None and item != []}
+    return [_without_nothing(item) for item in value] if isinstance(value, list) else value

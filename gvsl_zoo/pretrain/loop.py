@@ -25,7 +25,7 @@ from ..models.unet import UNet
 from ..report import curves_picture
 from .config import PretrainConfig
 from .data import Numbers, Pair, Pairs, PairSource, seeded
-from .entry import describe
+from .entry import describe, finish
 from .objective import Pretraining, make_batch
 from .run import LOG, Run, State
 from .validate import draw_validation, validate
@@ -79,6 +79,7 @@ def pretrain(
             run.truncate_log(step)
         parallel = accelerator.prepare(torch.compile(task) if config.compile else task)
         batches = draw(config, real, step, workers, accelerator)
+        board = tensorboard(out, step) if main else None
         while step < config.steps:
             started = time.perf_counter()
             terms = backward(parallel, batches, config, step, accelerator)
@@ -99,12 +100,17 @@ def pretrain(
                 if saving:
                     record |= validated(kept, config)
                 run.log(record)
+                if board is not None:
+                    for name, value in record.items():
+                        board.add_scalar(name, value, step)
                 if saving or stop:
                     run.save(State(step, pairs_a_step, snapshot(model, averaged, optimizer)), entry)
                 if saving:
                     draw_run(kept, config, out)
                 if progress:
                     progress(record)
+                if step == config.steps:
+                    finish(out, entry, record)
             if stop:
                 raise SystemExit(STOPPED)
         accelerator.wait_for_everyone()
@@ -171,20 +177,30 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
     return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
+def tensorboard(out: Path, step: int) -> Any:
+    """A writer for TensorBoard that goes on after `step`, or None where it is not installed."""
+    if find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+
 def draw_run(model: GVSL, config: PretrainConfig, out: Path) -> None:
     """Renew curves.png and pair.png, where matplotlib is installed."""
-    if find_spec("matplotlib") is None or config.ndim != 3:
+    if find_spec("matplotlib") is None:
         return
     log = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
     curves_picture(log, out / "curves.png", title=f"{out.name}: {config.objective}")
-    model.eval()
-    draw_validation(model, config, out / "pair.png")
-    model.train()
+    if config.ndim == 3:
+        model.eval()
+        draw_validation(model, config, out / "pair.png")
+        model.train()
 
 
 def validated(model: GVSL, config: PretrainConfig) -> Record:
     model.eval()
-    numbers = validate(model, config) if config.ndim == 3 else {}
+    numbers = validate(model, config)
     model.train()
     return numbers
 

@@ -4,6 +4,8 @@ RUN/
     config.json              settings
     log.jsonl                a line a step
     checkpoints/00000250/    model, optimizer, ema (averaged weights) as safetensors; state.json: their hashes
+    README.md, registry.yaml card of the finished model, and a registry that lists it; LICENSE, preprocessor_config.json
+    tensorboard/             the log once more, where TensorBoard is installed
     curves.png, pair.png     learning curves, and what the model makes of a held-out pair
     model.safetensors        of the last checkpoint, with its entry: what `load(RUN)` opens
 """

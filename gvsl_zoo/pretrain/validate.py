@@ -13,10 +13,10 @@ from ..losses import local_ncc_loss, restoration_loss
 from ..models.gvsl import GVSL
 from ..report import draw, matching_row, restoration_row
 from ..spatial import affine_coordinates, identity_grid, jacobian_determinant, warp
-from .anatomy import LABELS
+from .anatomy import LABELS, Film
 from .augment import damage
 from .config import PretrainConfig
-from .data import SyntheticPairs, seeded
+from .data import Synthetic, SyntheticPairs, seeded
 
 PAIRS = 8
 SEED = 2**31  # apart from every run's
@@ -34,20 +34,20 @@ def validate(model: GVSL, config: PretrainConfig) -> dict[str, float]:
     """
     rows: list[dict[str, float]] = []
     affines, bottlenecks = [], []
-    for fixed, moving, labels, damaged in pairs(config, next(model.parameters()).device):
+    for fixed, moving, organs, damaged in pairs(config, next(model.parameters()).device):
         found = model(fixed, moving)
         f_damaged = model.unet.forward_features(damaged)
         restored = model.restore(f_damaged.local)
         shape = fixed.shape[2:]
         alone = affine_coordinates(found.affine, shape) - identity_grid(shape, found.affine)
-        warped = [warp(labels[1].float(), u, mode="nearest").long() for u in (alone, found.displacement)]
+        warped = [warp(organs[1].float(), u, mode="nearest") > 0 for u in (alone, found.displacement)]
         rows.append(
             {
                 "ncc_before": 1 - local_ncc_loss(moving, fixed).item(),
                 "ncc_after": 1 - local_ncc_loss(found.warped, fixed).item(),
-                "dice_before": organ_dice(labels[0], labels[1]),
-                "dice_affine": organ_dice(labels[0], warped[0]),
-                "dice_after": organ_dice(labels[0], warped[1]),
+                "dice_before": organ_dice(organs[0], organs[1]),
+                "dice_affine": organ_dice(organs[0], warped[0]),
+                "dice_after": organ_dice(organs[0], warped[1]),
                 "folded": (jacobian_determinant(found.displacement) <= 0).float().mean().item(),
                 "mean_displacement": found.displacement.norm(dim=1).mean().item(),
                 "psnr_damaged": psnr(damaged, fixed),
@@ -65,13 +65,13 @@ def validate(model: GVSL, config: PretrainConfig) -> dict[str, float]:
 def pairs(
     config: PretrainConfig, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor]]:
-    """Fixed and moving image, their labels, and the fixed image damaged, each (1, 1, *crop)."""
+    """Fixed and moving image (1, 1, *crop), the organs of both (1, K, *crop) bool, and the fixed image damaged."""
     synthetic = SyntheticPairs(config.crop, config.spacing_mm)
     for number in range(PAIRS):
         subjects = synthetic.subjects(seeded("cpu", SEED, number))
         pair = synthetic.pair(subjects)
         fixed, moving = pair.fixed[None].to(device), pair.moving[None].to(device)
-        first, second = (subject.labels[None, None].to(device) for subject in subjects)
+        first, second = (organs_of(subject)[None].to(device) for subject in subjects)
         yield fixed, moving, (first, second), damage(fixed, seeded(device, SEED, 1, number))
 
 
@@ -96,14 +96,18 @@ def draw_validation(model: GVSL, config: PretrainConfig, path: Path) -> None:
     draw(rows, "Held-out pair", path)
 
 
+def organs_of(subject: Synthetic) -> Tensor:
+    """Masks of the organs of a subject (K, D, H, W), or those that a film shows (K, H, W), bool."""
+    if isinstance(subject, Film):
+        return subject.masks
+    return torch.stack([subject.labels == number for label, number in LABELS.items() if label not in LEFT_OUT])
+
+
 def organ_dice(a: Tensor, b: Tensor) -> float:
-    """Mean Dice of the organs that both label maps show, in [0, 1]."""
-    scores = []
-    for label, number in LABELS.items():
-        ours, theirs = a == number, b == number
-        if label not in LEFT_OUT and min(ours.sum(), theirs.sum()) >= SMALLEST_ORGAN:
-            scores.append(2 * (ours & theirs).sum().item() / (ours.sum() + theirs.sum()).item())
-    return sum(scores) / len(scores) if scores else 0.0
+    """Mean Dice, in [0, 1], of the organs (1, K, *shape) that both show."""
+    sizes_a, sizes_b, both = (masks.flatten(2).sum(2)[0] for masks in (a, b, a & b))
+    shown = torch.minimum(sizes_a, sizes_b) >= SMALLEST_ORGAN
+    return (2 * both[shown] / (sizes_a + sizes_b)[shown]).mean().item() if shown.any() else 0.0
 
 
 def psnr(image: Tensor, truth: Tensor) -> float:
