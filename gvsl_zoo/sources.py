@@ -91,16 +91,20 @@ def locate(entry: ModelEntry, access: Access = ANYWHERE) -> Found:
             failures.append((where, error))
             continue
         if failures:
-            causes = "; ".join(f"{failed}: {error.cause}" for failed, error in failures)
+            causes = "; ".join(_said(failed, error) for failed, error in failures)
             warnings.warn(f"{entry.name} came from {where} ({causes})", SourceNotice, stacklevel=3)
         return found
     if len(failures) == 1 and isinstance(failures[0][1], WeightsError):
         raise failures[0][1]
-    causes = "; ".join(f"{where}: {error.cause}" for where, error in failures)
+    causes = "; ".join(_said(failed, error) for failed, error in failures)
     remedies = dict.fromkeys(error.remedy for _, error in failures if error.remedy)
     if entry.instead:
         remedies[_instead(entry)] = None
     raise SourceError(f"{entry.name} could not be had ({causes})", "; ".join(remedies))
+
+
+def _said(where: str, error: GvslZooError) -> str:
+    return error.cause if error.cause.startswith(where) else f"{where}: {error.cause}"
 
 
 def candidates(entry: ModelEntry, access: Access) -> Iterator[tuple[str, Callable[[], Found]]]:

@@ -176,7 +176,7 @@ def test_when_all_places_fail_each_is_named_with_its_cause_in_seconds(everywhere
         "embedded: there is no file",
         "cache: ",
         "mirror ",
-        "the Hub: the ",
+        "the Hub ",
         "Google Drive: ",
     )
     positions = [causes.index(place) for place in places]
