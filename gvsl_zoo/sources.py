@@ -109,7 +109,7 @@ def _said(where: str, error: GvslZooError) -> str:
 
 def candidates(entry: ModelEntry, access: Access) -> Iterator[tuple[str, Callable[[], Found]]]:
     """Every place that may have the weights, with the way to get them; remote ones last."""
-    pinned = [source.sha256 for source in entry.sources if source.sha256]
+    pinned = dict.fromkeys(source.sha256 for source in entry.sources if source.sha256)
     for source in entry.sources:
         if source.kind in ("embedded", "file"):
             path = EMBEDDED / str(source.file) if source.kind == "embedded" else Path(str(source.path))
