@@ -24,6 +24,7 @@ from .registry import ModelEntry, Source, mirrors, model_info
 from .weights import WEIGHTS_NAME, WeightsFile, check_content, open_weights, write_whole
 
 EMBEDDED = Path(__file__).parent / "embedded"
+OFFLINE = "allow it (local_files_only, HF_HUB_OFFLINE), or bring a bundle: gvsl-zoo export there, import here"
 RECORD = "record.json"  # beside a converted checkpoint: the file that it came from
 
 
@@ -79,7 +80,7 @@ def open_path(path: Path) -> Found:
 def locate(entry: ModelEntry, access: Access = ANYWHERE) -> Found:
     """The checked weights of a registry entry.
 
-    Raises: SourceError that names every source tried; with a single source, that source's own error.
+    Raises: SourceError that names every place tried and its cause; WeightsError where a single place has a bad file.
     """
     if entry.status == "planned":
         raise planned(entry)
@@ -175,9 +176,6 @@ def from_hub_name(name: str, revision: str | None, access: Access) -> Found:
     return _from_blob(path)
 
 
-OFFLINE = "allow it (local_files_only, HF_HUB_OFFLINE), or bring a bundle: gvsl-zoo export there, import here"
-
-
 def _from_blob(path: Path) -> Found:
     return _checked(path, hub.announced_sha256(path))
 
@@ -189,17 +187,14 @@ def _from_hub(entry: ModelEntry, source: Source, access: Access) -> Found:
         return _checked(path, source.sha256)
 
     path = hub.cached(wanted, access.cache_dir)
-    if path is None and access.offline:
-        raise NotHere(f"{wanted} is not in the cache, and the network is not allowed", OFFLINE)
-    if path is None or not access.offline:
+    if path is not None:
         try:
-            return check(path) if path else _fetch_from_hub(wanted, check, source, access)
+            return check(path)
         except WeightsError:  # the cached file is damaged
-            return _fetch_from_hub(wanted, check, source, access)
-    return check(path)
-
-
-def _fetch_from_hub(wanted: hub.HubFile, check: Callable[[Path], Found], source: Source, access: Access) -> Found:
+            if access.offline:
+                raise
+    elif access.offline:
+        raise NotHere(f"{wanted} is not in the cache, and the network is not allowed", OFFLINE)
     path = hub.fetch(wanted, check, most_bytes=source.bytes, cache_dir=access.cache_dir, token=access.token)
     return check(path)
 
