@@ -28,6 +28,8 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.load
 	$(BIN)/python -m benchmarks.ncc
 	$(BIN)/python -m benchmarks.augment
+	$(BIN)/python -m benchmarks.feed
+	$(BIN)/python -m benchmarks.step
 	$(BIN)/python scripts/model_table.py
 
 wheel: $(READY)
