@@ -12,7 +12,9 @@ from gvsl_zoo.errors import ArgumentError
 from gvsl_zoo.losses import local_ncc_loss, restoration_loss, smoothness_loss
 from gvsl_zoo.models.gvsl import GVSL, released_affine_warp, released_warp
 from gvsl_zoo.models.unet import UNet
-from gvsl_zoo.pretrain import loop
+from gvsl_zoo.pretrain.config import PretrainConfig
+from gvsl_zoo.pretrain.data import seeded
+from gvsl_zoo.pretrain.objective import Batch, Pretraining
 from gvsl_zoo.spatial import affine_warp, compose, warp
 
 HEADS = ("fc_rot", "fc_scl", "fc_trans", "fc_shear")
@@ -91,9 +93,16 @@ def test_the_released_convention_has_the_released_geometry(tag, shape):
         assert_as_recorded(warped, golden, name, f"{tag}{name}")
 
 
+def losses(model, fixed, damaged, moving, bf16):
+    """The terms of a pre-training step."""
+    config = PretrainConfig(steps=1, ndim=fixed.ndim - 2, crop=tuple(fixed.shape[2:]), bf16=bf16)
+    nothing = fixed[:, :0]
+    return Pretraining(model, config)(Batch(fixed, damaged, moving, nothing, nothing), seeded("cpu", 0))
+
+
 def loss_of(model, fixed, moving, bf16=False):
     """The loss of a pre-training step, the fixed image undamaged."""
-    return sum(loop.losses(model, fixed, fixed, moving, bf16).values())
+    return sum(losses(model, fixed, fixed, moving, bf16).values())
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -119,7 +128,7 @@ def test_every_output_of_the_affine_head_gets_a_gradient(size, outputs):
 @pytest.mark.parametrize("term", ["ncc", "restoration"])
 def test_every_term_reaches_the_first_layer(term):
     model, (fixed, moving) = gvsl(2), pair(32, 32)
-    loop.losses(model, fixed, fixed, moving, False)[term].backward()
+    losses(model, fixed, fixed, moving, False)[term].backward()
     assert model.unet.inc.double_conv[0].weight.grad.abs().max() > 0
 
 
@@ -212,7 +221,7 @@ def test_the_gradient_in_bf16_is_nearly_that_in_float32(size):
     gradients = []
     for bf16 in (False, True):
         model = gvsl(len(size))
-        loop.losses(model, *torch.rand(3, 2, 1, *size, generator=torch.Generator().manual_seed(1)), bf16)[
+        losses(model, *torch.rand(3, 2, 1, *size, generator=torch.Generator().manual_seed(1)), bf16)[
             "restoration"
         ].backward()
         gradients.append({name: p.grad for name, p in model.unet.named_parameters()})

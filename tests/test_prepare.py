@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import locale
 import os
 import signal
 import time
@@ -22,7 +23,7 @@ from test_volume import CONTENTS, DATA, ORIENTATIONS, turned_affine
 from gvsl_zoo.cli import main
 from gvsl_zoo.errors import ArgumentError, VolumeError
 from gvsl_zoo.pretrain import prepare as room
-from gvsl_zoo.pretrain.prepare import prepare_store
+from gvsl_zoo.pretrain.prepare import own_locale, prepare_store
 from gvsl_zoo.pretrain.store import Store
 from gvsl_zoo.volume import InputWarning, Preprocessing, prepare, read_volume
 
@@ -650,6 +651,7 @@ def test_faulty_films_are_quarantined(tmp_path):
 # ---- DICOM
 
 
+@own_locale()
 def write_series(
     folder: Path, hu: np.ndarray, *, direction=(1, 0, 0, 0, 1, 0), skip: int = -1, series: int = 1
 ) -> None:
@@ -679,6 +681,13 @@ def write_series(
             image.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"s{series}_{len(hu) - z:03d}.dcm"))
         writer.Execute(image)
+
+
+def test_reading_dicom_leaves_the_locale_alone(tmp_path):
+    write_series(tmp_path / "in" / "series", phantom(3, (6, 16, 12)))
+    before = locale.setlocale(locale.LC_ALL)
+    prepare_store(tmp_path / "in", tmp_path / "s", spacing_mm=None)
+    assert locale.setlocale(locale.LC_ALL) == before
 
 
 def test_a_dicom_series_becomes_a_volume_in_hu_and_ras(tmp_path):

@@ -115,22 +115,23 @@ class StorePairs:
             )
         self.store, self.crop = store, crop
         stratum, subject = (np.asarray(store.entries[name]) for name in ("stratum", "subject"))
-        self.order = np.lexsort((subject, stratum))  # by stratum, then by subject
-        stratum, subject = stratum[self.order], subject[self.order]
-        self.first = np.searchsorted(stratum, stratum, "left")  # of the stratum, for each place in the order
-        self.last = np.searchsorted(stratum, stratum, "right")
-        alone = subject[self.first] == subject[self.last - 1]  # sorted: the ends agree if all do
-        self.places = np.flatnonzero(~alone)
-        self.subject = subject
-        if not len(self.places):
+        order = np.lexsort((subject, stratum))  # by stratum, then by subject
+        self.order, self.subject = order.astype(np.uint32), subject[order]
+        _, first, count = np.unique(stratum[order], return_index=True, return_counts=True)
+        paired = self.subject[first] != self.subject[first + count - 1]  # sorted: all are one if the ends agree
+        self.first, self.count = first[paired], count[paired]  # of the strata, in the order
+        self.below = np.cumsum(self.count)  # volumes in the strata up to each
+        if not paired.any():
             raise ArgumentError(
                 f"{len(store)} volumes, no two subjects of one stratum", "pairs need different subjects"
             )
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Fixed and moving image, each (1, *crop) in [0, 1]."""
-        here = int(self.places[_below(len(self.places), generator)])
-        first, last = int(self.first[here]), int(self.last[here])
+        number = _below(int(self.below[-1]), generator)
+        at = int(np.searchsorted(self.below, number, "right"))
+        first, last = int(self.first[at]), int(self.first[at] + self.count[at])
+        here = last - (int(self.below[at]) - number)
         own = self.subject[here]
         begin = first + int(np.searchsorted(self.subject[first:last], own, "left"))
         end = first + int(np.searchsorted(self.subject[first:last], own, "right"))

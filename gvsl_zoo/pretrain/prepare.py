@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import locale
 import math
 import multiprocessing
 import os
@@ -443,6 +444,17 @@ def _read_film(path: Path, unit: str) -> np.ndarray:
     return pixels[..., 0]
 
 
+@contextmanager
+def own_locale() -> Iterator[None]:
+    """Keep the process's locale: SimpleITK sets that of C when it opens DICOM, and Python then reads text as ASCII."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
+
+
+@own_locale()
 def _read_dicom(folder: Path) -> Volume:
     """The one series in a folder; its slices must be all there, evenly spaced and not sheared."""
     try:
