@@ -762,7 +762,7 @@ def test_when_hub_and_drive_are_down_both_are_named(server, authors, two_sources
     server.stop()
     authors.close()
     started = time.monotonic()
-    with pytest.raises(SourceError, match=r"mine could not be had \(the Hub .*; Google Drive: the conn.*failed"):
+    with pytest.raises(SourceError, match=r"mine could not be had \(the Hub.*; Google Drive: the conn.*failed"):
         load("mine")
     assert time.monotonic() - started < 5
 
