@@ -20,6 +20,13 @@ CITATION = (
     "He et al., Geometric Visual Similarity Learning in 3D Medical Image Self-supervised Pre-training, CVPR 2023, "
     "arXiv:2303.00874"
 )
+LIMITS = "Research only, not a medical device. Measured on synthetic pairs alone."
+UNTRAINED = {  # what an objective leaves out
+    "gvsl": "",
+    "restoration": " The affine and deformable heads were not trained.",
+    "matching": " The restoration head was not trained.",
+    "no-affine": " The affine head was not trained and gives the identity.",
+}
 
 
 def describe(config: PretrainConfig, name: str, model: nn.Module) -> ModelEntry:
@@ -48,7 +55,7 @@ def describe(config: PretrainConfig, name: str, model: nn.Module) -> ModelEntry:
             "licence": {"code": "Apache-2.0", "weights": "not stated", "data": "not stated"},
             "citation": CITATION,
             "training": {"recipe": settings, "data": "not stated", "steps": config.steps},
-            "limits": "Research only, not a medical device. Nothing has been measured on these weights.",
+            "limits": LIMITS + UNTRAINED[config.objective],
         }
     )
 
