@@ -35,9 +35,32 @@ def sample(image: Tensor, coordinates: Tensor, *, mode: str = "bilinear", paddin
     unit = coordinates.flip(1).mul_(2).add_(1).div_(sizes.flip(1)).sub_(1)  # centres lie half a voxel inside [-1, 1]
     grid = unit.movedim(1, -1)  # grid_sample wants (x, y, z) last
     image = image.to(grid.dtype)
-    if not _worth_sharing_out(image, grid):
-        return F.grid_sample(image, grid, mode=mode, padding_mode=padding, align_corners=False)
-    parts = math.gcd(torch.get_num_threads(), grid[0, ..., 0].numel())
+    threads = _idle_threads(image, grid)
+    if threads > 1 and image.requires_grad and torch.is_grad_enabled():
+        return _sample_channels(image, grid, math.gcd(threads, image.shape[1]), mode, padding)
+    if threads > 1:
+        return _sample_points(image, grid, math.gcd(threads, grid[0, ..., 0].numel()), mode, padding)
+    return F.grid_sample(image, grid, mode=mode, padding_mode=padding, align_corners=False)
+
+
+def _idle_threads(image: Tensor, grid: Tensor) -> int:
+    """Threads that could share one image; 1 where grid_sample uses all: on the CPU it has one an entry of the batch."""
+    if grid.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return 1
+    threads = torch.get_num_threads()
+    return threads if 0 < len(grid) == len(image) < threads and grid.numel() > 0 else 1
+
+
+def _sample_channels(image: Tensor, grid: Tensor, parts: int, mode: str, padding: str) -> Tensor:
+    """Each thread reads a part of the channels: nothing of the image's gradient is summed in another order."""
+    images = image.unflatten(1, (parts, -1)).flatten(0, 1)
+    grids = grid.repeat_interleave(parts, 0)
+    values = F.grid_sample(images, grids, mode=mode, padding_mode=padding, align_corners=False)
+    return values.unflatten(0, (-1, parts)).flatten(1, 2)
+
+
+def _sample_points(image: Tensor, grid: Tensor, parts: int, mode: str, padding: str) -> Tensor:
+    """Each thread reads a part of the points."""
     read = []
     for one, points in zip(image, grid, strict=True):
         points = points.reshape(parts, -1, *[1] * (points.ndim - 2), points.shape[-1])
@@ -45,17 +68,6 @@ def sample(image: Tensor, coordinates: Tensor, *, mode: str = "bilinear", paddin
         values = F.grid_sample(one, points, mode=mode, padding_mode=padding, align_corners=False)
         read.append(values.transpose(0, 1).reshape(len(image[0]), *grid.shape[1:-1]))
     return torch.stack(read)
-
-
-def _worth_sharing_out(image: Tensor, grid: Tensor) -> bool:
-    """Whether to give each thread a part of the points: on the CPU grid_sample has one thread an entry of the batch.
-
-    Not when the image needs a gradient: its parts would be summed in another order.
-    """
-    if grid.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    idle = 0 < len(grid) < torch.get_num_threads() and len(image) == len(grid) and grid.numel() > 0
-    return idle and not (image.requires_grad and torch.is_grad_enabled())
 
 
 def warp(moving: Tensor, displacement: Tensor, *, mode: str = "bilinear") -> Tensor:

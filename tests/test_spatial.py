@@ -363,3 +363,21 @@ def test_bf16_features_are_warped_in_float32(shape):
     assert torch.equal(warp(x, flow), warp(x.float(), flow))
     half = some_affine(len(shape)).bfloat16()
     assert torch.equal(affine_coordinates(half, shape), affine_coordinates(half.float(), shape))
+
+
+@pytest.mark.parametrize("wanted", [True, False], ids=["image needs a gradient", "image needs none"])
+def test_sharing_an_image_out_to_threads_changes_neither_values_nor_gradients(wanted, generator):
+    image, noise = (torch.randn(1, count, 5, 6, 7, generator=generator) for count in (4, 3))
+    coordinates = (identity_grid((5, 6, 7), noise) + noise).requires_grad_()
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            leaf = image.clone().requires_grad_(wanted)
+            read = sample(leaf, coordinates)
+            inputs = (leaf, coordinates) if wanted else (coordinates,)
+            results.append((read.detach(), *torch.autograd.grad(read.square().sum(), inputs)))
+    finally:
+        torch.set_num_threads(threads)
+    for alone, shared in zip(*results, strict=True):
+        torch.testing.assert_close(shared, alone)

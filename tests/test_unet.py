@@ -13,7 +13,7 @@ from formula import assert_as_recorded, image, recorded
 
 from gvsl_zoo.errors import ArgumentError
 from gvsl_zoo.models.backbone import FeatureList, pad_to_multiple
-from gvsl_zoo.models.unet import UNet
+from gvsl_zoo.models.unet import UNet, upsample
 
 SIZES = [(37, 50, 61), (8, 8, 8), (5, 17, 3), (1, 1, 1), (37, 50), (8, 8), (5, 17), (1, 1)]
 
@@ -268,3 +268,17 @@ def test_the_device_is_that_of_the_tensor():
     model, x = unet(), noise(1, 1, 21, 32, 19)
     with torch.no_grad():
         close(model.cuda()(x.cuda()).cpu(), model.cpu()(x), 1e-2)  # convolutions may run in TF32
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5, 6), (1, 2, 1, 2, 3)])
+def test_upsampling_has_the_gradient_of_its_values(shape, generator):
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(upsample, x)
+
+
+@pytest.mark.parametrize("ndim, mode", [(2, "bilinear"), (3, "trilinear")])
+def test_upsampling_is_pytorch_s_with_the_corners_of_the_released_models(ndim, mode, generator):
+    x = torch.randn(2, 8, *(5, 6, 7)[:ndim], generator=generator)
+    expected = F.interpolate(x, scale_factor=2, mode=mode, align_corners=ndim == 3)
+    assert torch.equal(upsample(x), expected)
+    assert torch.equal(upsample(x.requires_grad_()), expected)

@@ -84,8 +84,9 @@ class GVSL(nn.Module):
         """Affine (B, n, n + 1) and flow (B, n, *shape) that bring the moving features onto the fixed ones."""
         affine = affine_matrix(self.affine_parameters(fixed.bottleneck, moving.bottleneck))
         align = released_affine_warp if self.convention == "released" else affine_warp
-        aligned = align(moving.local, affine)
-        return affine, self.out_flow(self.sp_conv(torch.cat([aligned, fixed.local.to(aligned.dtype)], 1)))
+        aligned = align(moving.local, affine)  # float32, contiguous
+        aligned = torch.empty_like(fixed.local).copy_(aligned)  # type and memory format in one pass
+        return affine, self.out_flow(self.sp_conv(torch.cat([aligned, fixed.local], 1)))
 
     def restore(self, local: Tensor) -> Tensor:
         """Undamaged image (B, 1, *shape) from the local features (B, C, *shape) of a damaged one."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..errors import ArgumentError
 from .backbone import CONV, Backbone, FeatureInfo, FeatureLevel, initialise
@@ -45,17 +47,52 @@ class Down(nn.Module):
         return self.maxpool_conv(x)
 
 
+class _Upsample3d(torch.autograd.Function):
+    """Trilinear upsampling by 2, whose gradient is a product with a small matrix an axis: several times faster on a
+    CPU than PyTorch's, in the channels-last memory that the gradient comes in.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        B, C, D, H, W = ctx.shape
+        z, y, x = (_linear(size).to(grad) for size in (D, H, W))
+        with torch.autocast(grad.device.type, enabled=False):
+            grad = x @ grad.movedim(1, -1).reshape(-1, 2 * W, C)
+            grad = y @ grad.view(-1, 2 * H, W * C)
+            grad = z @ grad.view(-1, 2 * D, H * W * C)
+        return grad.view(B, D, H, W, C).movedim(-1, 1)
+
+
+def _linear(size: int) -> Tensor:
+    """What each of `size` voxels gives to the upsampled ones along its axis, (size, 2 * size)."""
+    return F.interpolate(torch.eye(size)[None], scale_factor=2, mode="linear", align_corners=True)[0]
+
+
+def upsample(x: Tensor) -> Tensor:
+    """Linear upsampling by 2 of x (B, C, *shape), corners aligned in 3D but not in 2D: as the released models do."""
+    if x.ndim == 4:
+        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled() and not tracing:
+        return _Upsample3d.apply(x)
+    return F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=True)
+
+
 class Up(nn.Module):
     """Linear upsampling by 2, concatenation [skip, upsampled], then a double convolution."""
 
     def __init__(self, ndim: int, in_chans: int, out_chans: int, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.mode, self.align_corners = ("bilinear", False) if ndim == 2 else ("trilinear", True)
         self.conv = DoubleConv(ndim, in_chans, out_chans, device)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=2, mode=self.mode, align_corners=self.align_corners)
-        return self.conv(torch.cat([skip, x], 1))
+        return self.conv(torch.cat([skip, upsample(x)], 1))
 
 
 class UNet(Backbone):
