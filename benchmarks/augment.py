@@ -4,11 +4,17 @@ Our own transcription, from measurements of the released code: elastic noise smo
 convolution an axis; fixed, damaged and moving image each resampled twice; 5,000 blocks shuffled and boxes painted in
 Python loops; Bezier curves interpolated voxel by voxel. Image after image, where ours takes the batch. Where the
 released numbers are not known (smoothing, block sizes) both sides use ours, so that both do the same work.
+
+The second yardstick of the spatial part is MONAI's Rand3DElastic with an affine, drawn once a pair and applied to its
+fixed, damaged and moving image as channels of one call; it is left out where MONAI is not installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -55,6 +61,26 @@ def released_spatial(images: list[Tensor], generator: torch.Generator) -> list[T
     affine = affine_coordinates(affine_matrix(numbers), shape)
     elastic = identity_grid(shape, affine)[None] + ELASTIC_VOXELS * released_noise(tuple(shape), generator)
     return [sample(sample(image, affine), elastic) for image in images]
+
+
+def monai_spatial(batch: Tensor) -> Callable[[], list[Tensor]]:
+    """Each pair (3, *shape) of a batch under one random affine and elastic field of the same ranges as ours."""
+    from monai.transforms import Rand3DElastic
+
+    voxels = (
+        ELASTIC_VOXELS * (2 * math.sqrt(math.pi) * KNOT_VOXELS) ** 1.5 * math.sqrt(3)
+    )  # MONAI smooths uniform noise
+    transform = Rand3DElastic(
+        sigma_range=(KNOT_VOXELS, KNOT_VOXELS),
+        magnitude_range=(voxels, voxels),
+        prob=1.0,
+        rotate_range=[math.radians(20)] * 3,
+        scale_range=[0.25] * 3,
+        mode="bilinear",
+        padding_mode="zeros",
+    )
+    transform.set_random_state(0)
+    return lambda: [transform(pair) for pair in batch]
 
 
 def released_damage(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -115,6 +141,10 @@ def main() -> None:
     for part, (released, own) in parts.items():
         medians |= alternate({f"{part}, released": released, f"{part}, ours": own}, options.rounds)
     ratios = {part: round(medians[f"{part}, released"] / medians[f"{part}, ours"], 1) for part in parts}
+    if find_spec("monai"):
+        monai = monai_spatial(torch.cat([fixed, damaged, moving], 1))
+        medians |= alternate({"spatial, MONAI": monai, "spatial, ours beside MONAI": ours}, options.rounds)
+        ratios["spatial, against MONAI"] = round(medians["spatial, MONAI"] / medians["spatial, ours beside MONAI"], 1)
     report("augment", medians, "spatial, released", size=options.size, batch=options.batch, ratios=ratios)
 
 

@@ -152,10 +152,9 @@ def main() -> None:
         "feed",
         medians,
         reference,
-        synthetic_subjects_a_second=round(2 / a_pair, 1),
-        nano_steps_a_second_at_most=round(1 / fastest, 2),
-        a_synthetic_pair_of_the_fastest_step=round(a_pair / fastest, 3),
-        synthetic_starves_one_worker=a_pair > fastest,
+        synthetic_pairs_a_second_and_core=round(1 / a_pair, 1),
+        nano_pairs_a_second_at_most=round(1 / fastest, 2),  # its steps are of one pair
+        one_core_draws_for_so_many_nano_loops=round(fastest / a_pair, 1),
         load_average_before=round(load, 2),
     )
 

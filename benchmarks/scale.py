@@ -1,8 +1,9 @@
 """What 300, 10,000 and 1,000,000 scans cost: python -m benchmarks.scale; the tables of docs/scaling.md: ... --table
 
 Measured, each in a process of its own: opening and drawing from a store whose index has that many entries (all point
-into one small shard), 64 ranks drawing from it, preparing one large CT, a nano step, a synthetic pair. The tables are
-these numbers times the number of scans, and what `Assumed` says.
+into one small shard), 64 ranks drawing from it, crops of a store behind a URL, preparing one large CT, and many of them
+by one process and by two, a nano step, a synthetic pair. The tables are these numbers times the number of scans, and
+what `Assumed` says.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from gvsl_zoo.pretrain.config import PRESETS, PretrainConfig
 from gvsl_zoo.pretrain.data import Numbers, Pairs, StorePairs, SyntheticPairs
 from gvsl_zoo.pretrain.prepare import prepare_store
 from gvsl_zoo.pretrain.store import ENTRY, VOXEL, Format, Store, format_facts, shard_path
+from gvsl_zoo.pretrain.upload import upload_store
 
 PAGE = Path(__file__).parent.parent / "docs/scaling.md"
 SIZES = (300, 10_000, 1_000_000)
@@ -41,6 +44,8 @@ VOLUMES, SHAPE, SPACING_MM, CROP = 4, (160, 205, 205), 2.0, (96, 96, 96)  # of t
 RANKS, STEPS, BATCH = 64, 1000, 2
 CT_SHAPE, CT_MM = (512, 512, 400), 0.8  # (x, y, z)
 SPACINGS_MM = (1, 2, 4)
+FAR_S = 0.03  # of every answer of a far object store
+SCANS = 24  # prepared by one process and by two
 Facts = dict[str, Any]
 
 
@@ -160,16 +165,59 @@ def chi2(counts: np.ndarray, expected: Any) -> float:
     return float(((counts - expected) ** 2 / expected).sum())
 
 
-def make_ct(path: Path) -> None:
-    """512 x 512 x 400 voxels of 0.8 mm: synthetic anatomy, enlarged fourfold, with noise of 20 HU; gzip level 1."""
-    x, y, z = CT_SHAPE
-    subject = sample_subject((z // 4, y // 4, x // 4), torch.Generator().manual_seed(0), (4 * CT_MM,) * 3)
-    rng = np.random.default_rng(0)
-    large = subject.hu.numpy().astype(np.float32).T
+def measure_bucket(folder: str, url: str, far: str) -> Facts:
+    """A crop at a random place of the first volume of a store: mapped, behind URLs, and as zarr itself reads it."""
+    import zarr
+
+    store, random = Store(folder), np.random.default_rng(0)
+    shape, volume = store.shape(0), f"volumes/{store.entries[0]['sha256'].decode()}"
+    urls = {"file": f"file://{folder}-chunks", "http": url, "far": far}
+
+    def start() -> list[int]:
+        return [int(random.integers(0, n - edge + 1)) for n, edge in zip(shape, CROP, strict=True)]
+
+    def crop(path: str) -> float:
+        opened = Store(path)
+        return 1e3 * median_seconds(lambda: opened.crop(0, start(), CROP), 40)
+
+    def crop_by_zarr(path: str) -> float:
+        array = zarr.open_array(f"{path}/{volume}", mode="r")
+        return 1e3 * median_seconds(lambda: array[tuple(slice(a, a + n) for a, n in zip(start(), CROP))], 10)  # noqa: B905
+
+    packed = sum(path.stat().st_size for path in Path(f"{folder}-chunks").rglob("c/0/0/0"))
+    return {
+        "bucket": {"mapped": {"ours_ms": crop(folder)}}
+        | {name: {"ours_ms": crop(path), "zarr_ms": crop_by_zarr(path)} for name, path in urls.items()},
+        "packed_share": packed / shard_path(Path(folder), 0).stat().st_size,
+    }
+
+
+@contextmanager
+def served(folder: Path, delay_s: float) -> Iterator[str]:
+    """The address of a server of these files, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.range_server", str(folder), str(delay_s)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            yield server.stdout.readline().strip()
+        finally:
+            server.kill()
+
+
+def ct_like(shape: tuple[int, int, int], spacing_mm: float) -> np.ndarray:
+    """Synthetic anatomy (D, H, W) in HU, enlarged fourfold, with noise of 20 HU."""
+    small = tuple(-(-n // 4) for n in shape)
+    hu = sample_subject(small, torch.Generator().manual_seed(0), (4 * spacing_mm,) * 3).hu.numpy().astype(np.float32)
     for axis in range(3):
-        large = large.repeat(4, axis)
-    large += 20 * rng.standard_normal(CT_SHAPE, np.float32)
-    image = nibabel.Nifti1Image(large.round().astype(np.int16), np.diag([CT_MM] * 3 + [1]))
+        hu = hu.repeat(4, axis)
+    hu = hu[tuple(map(slice, shape))]
+    hu += 20 * np.random.default_rng(0).standard_normal(shape, np.float32)
+    return hu.round().astype(np.int16)
+
+
+def make_ct(path: Path) -> None:
+    """512 x 512 x 400 voxels of 0.8 mm; gzip level 1."""
+    image = nibabel.Nifti1Image(ct_like(CT_SHAPE[::-1], CT_MM).T, np.diag([CT_MM] * 3 + [1]))
     image.header.set_xyzt_units("mm")
     path.write_bytes(gzip.compress(image.to_bytes(), 1))
 
@@ -184,6 +232,27 @@ def measure_prepare(source: str, out: str, spacing_mm: str) -> Facts:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     stored = shard_path(Path(out), 0).stat().st_size / 1e9
     return {"store_GB_a_scan": stored, "MB_a_second": raw / report.seconds, "peak_GB": peak}
+
+
+def measure_gunzip(source: str) -> Facts:
+    """The CT unpacked by Python's gzip and thrown away: what reading alone takes one core."""
+
+    def unpack() -> None:
+        with gzip.open(Path(source) / "ct.nii.gz") as file:
+            while file.read(2**20):
+                pass
+
+    return {"gunzip_MB_a_second": int(np.prod(CT_SHAPE)) * VOXEL.itemsize / 1e6 / median_seconds(unpack, 5)}
+
+
+def measure_processes(source: str, out: str) -> Facts:
+    """Many CTs by one process and by two, start-up included."""
+    torch.set_num_threads(1)
+    (many := Path(out) / "many").mkdir(parents=True)
+    for i in range(SCANS):
+        (many / f"{i}.nii.gz").hardlink_to(Path(source) / "ct.nii.gz")
+    seconds = {n: prepare_store(many, Path(out) / n, spacing_mm=2.0, workers=int(n)).seconds for n in ("1", "2")}
+    return {"processes": {"scans": SCANS, "seconds": seconds}}
 
 
 def measure_step() -> Facts:
@@ -205,13 +274,37 @@ def measure_synthetic() -> Facts:
     return {"synthetic_pair_seconds": median_seconds(lambda: source.pair(source.subjects(generator)), 10)}
 
 
-MEASURES = {m.__name__: m for m in (measure_index, measure_ranks, measure_prepare, measure_step, measure_synthetic)}
+MEASURES = {
+    measure.__name__: measure
+    for measure in (
+        measure_index,
+        measure_ranks,
+        measure_bucket,
+        measure_prepare,
+        measure_gunzip,
+        measure_processes,
+        measure_step,
+        measure_synthetic,
+    )
+}
 
 
 def alone(measure: Any, *arguments: Any) -> Facts:
     """Its result from a new process."""
     command = [sys.executable, "-m", "benchmarks.scale", "--only", measure.__name__, *map(str, arguments)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def measure_urls(folder: Path) -> Facts:
+    """`measure_bucket` of one volume as the CT has at 2 mm."""
+    store = fabricate(folder / "one", 1)
+    np.clip(ct_like(SHAPE, SPACING_MM), -1024, 1024).astype(VOXEL).tofile(shard_path(store, 0))
+    index = np.load(store / "index.npy")
+    index["offset"], index["sha256"] = 0, b"0123456789abcdef"
+    np.save(store / "index.npy", index)
+    upload_store(store, f"file://{store}-chunks")
+    with served(folder, 0.0) as near, served(folder, FAR_S) as far:
+        return alone(measure_bucket, store, f"{near}/one-chunks", f"{far}/one-chunks")
 
 
 def measure_all() -> Facts:
@@ -223,12 +316,14 @@ def measure_all() -> Facts:
             values = [turn[size] for turn in rounds]
             facts["index"][size] = {name: statistics.median(v[name] for v in values) for name in values[0]}
             facts["ranks"][size] = alone(measure_ranks, store)
+        facts |= measure_urls(Path(folder))
         (source := Path(folder) / "ct").mkdir()
         make_ct(source / "ct.nii.gz")
         facts["prepare_raw_MB"] = int(np.prod(CT_SHAPE)) * VOXEL.itemsize / 1e6
         facts["prepare_file_MB"] = (source / "ct.nii.gz").stat().st_size / 1e6
         for mm in SPACINGS_MM:
             facts["prepare"][str(mm)] = alone(measure_prepare, source, Path(folder) / f"{mm}mm", mm)
+        facts |= alone(measure_gunzip, source) | alone(measure_processes, source, Path(folder) / "processes")
     return rounded(facts | alone(measure_step) | alone(measure_synthetic) | {"machine": machine()})
 
 
@@ -298,7 +393,22 @@ def tables(measured: Mapping[str, Any], assumed: Assumed) -> dict[str, str]:
     run.append(" | ".join(["take", *map(span, hours)]))
     rows = {"index": index, "prepare": prepare, "pass": passes, "run": run}
     written = {name: "\n".join(f"| {row} |" for row in [r[0], ruler(r[0]), *r[1:]]) for name, r in rows.items()}
-    return written | sentences(measured, assumed)
+    return written | {"bucket": bucket_table(measured)} | sentences(measured, assumed)
+
+
+def bucket_table(measured: Mapping[str, Any]) -> str:
+    """What a crop takes from where."""
+    places = {
+        "mapped": "a folder, mapped",
+        "file": "`file://`, chunks",
+        "http": "`http://` on this machine, chunks",
+        "far": f"the same, {1e3 * FAR_S:.0f} ms an answer",
+    }
+    rows = ["a crop of 96^3 from | takes | as zarr reads it"]
+    for name, place in places.items():
+        at = measured["bucket"][name]
+        rows.append(" | ".join([place, *(f"{at[k]:.3g} ms" if k in at else "-" for k in ("ours_ms", "zarr_ms"))]))
+    return "\n".join(f"| {row} |" for row in [rows[0], ruler(rows[0]), *rows[1:]])
 
 
 def sentences(measured: Mapping[str, Any], assumed: Assumed) -> dict[str, str]:
@@ -306,13 +416,17 @@ def sentences(measured: Mapping[str, Any], assumed: Assumed) -> dict[str, str]:
     scans, synthetic = list(measured["index"].values())[-1]["pair_us"] / 1e6, measured["synthetic_pair_seconds"]
     at, step = measured["prepare"]["2"], assumed.step_seconds
     mixed, alone = workers((scans + synthetic) / 2, assumed), workers(scans, assumed)
-    raw, packed = measured["prepare_raw_MB"], measured["prepare_file_MB"]
+    raw, packed, many = measured["prepare_raw_MB"], measured["prepare_file_MB"], measured["processes"]
+    one, two = many["seconds"].values()
     return {
         "feed": f"A pair of 96^3 takes a worker {1e3 * scans:.1f} ms from scans in memory, {1e3 * synthetic:.0f} ms "
         f"from synthetic anatomy. Half of each\nneed {plural(mixed, 'worker')} for "
         f"a device of {1e3 * step:.0f} ms a step*, scans alone {alone}.",
         "speed": f"{at['MB_a_second']:.0f} MB of voxels a second and process; the CT has {raw:.0f} MB, its file "
-        f"{packed:.0f} MB. Peak memory: {at['peak_GB']:.1f} GB a process.",
+        f"{packed:.0f} MB. Peak memory: {at['peak_GB']:.1f} GB a process.\nPython's gzip alone unpacks the file at "
+        f"{measured['gunzip_MB_a_second']:.0f} MB a second. {many['scans']} such files take one process "
+        f"{span(one)}, two {span(two)}: x{one / two:.2f}.",
+        "packed": f"The chunks have {100 * measured['packed_share']:.0f} % of the bytes of the folder.",
     }
 
 

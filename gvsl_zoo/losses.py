@@ -1,4 +1,4 @@
-"""Losses of GVSL: local normalised cross-correlation, smoothness, restoration (He et al. 2023, sec. 3.1)."""
+"""Losses: of GVSL local NCC, smoothness, restoration (He et al. 2023, sec. 3.1); of segmentation soft Dice."""
 
 from __future__ import annotations
 
@@ -121,3 +121,21 @@ def smoothness_loss(displacement: Tensor) -> Tensor:
 def restoration_loss(restored: Tensor, image: Tensor) -> Tensor:
     """Mean squared error of a restored image and the undamaged one, both (B, C, *shape); scalar, float32."""
     return F.mse_loss(restored.float(), image.float())
+
+
+def dice_loss(logits: Tensor, classes: Tensor) -> Tensor:
+    """1 - mean soft Dice over the foreground classes that the batch holds; scalar, float32.
+
+    All voxels of the batch count together. A class that no voxel has has no Dice and is left out; without any, 0.
+
+    Args:
+        logits: (B, K, *shape); class 0 is the background.
+        classes: (B, *shape), from 0 to K - 1.
+
+    Source: Milletari et al. 2016; over the batch as in Isensee et al. 2021 (nnU-Net).
+    """
+    probabilities = logits.float().softmax(1).movedim(1, 0).flatten(1)[1:]  # (K - 1, voxels)
+    truth = F.one_hot(classes.long(), logits.shape[1]).movedim(-1, 0).flatten(1)[1:].float()
+    both, size = (probabilities * truth).sum(1), probabilities.sum(1) + truth.sum(1)
+    there = truth.amax(1)
+    return ((1 - 2 * both / size.clamp_min(1)) * there).sum() / there.sum().clamp_min(1)

@@ -1,4 +1,4 @@
-"""Losses: local correlation by its definition and its invariants, smoothness of known fields, restoration."""
+"""Losses: local correlation and Dice by definition and invariants, smoothness of known fields, restoration."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from gvsl_zoo.losses import (
     STABILISER,
     _LocalCorrelation,
     box_sum,
+    dice_loss,
     local_correlation,
     local_ncc_loss,
     restoration_loss,
@@ -219,3 +220,46 @@ def test_losses_of_a_batch_are_the_mean_of_its_images(shape):
     for loss, arguments in ((local_ncc_loss, (a, b)), (restoration_loss, (a, b)), (smoothness_loss, (flow,))):
         single = sum(loss(*(x[i : i + 1] for x in arguments)).item() for i in range(2)) / 2
         assert loss(*arguments).item() == pytest.approx(single, rel=1e-5)
+
+
+def labelled(shape, classes=4):
+    """Random logits and classes of a batch of two."""
+    classes_of = (rnd("classes", (2, *shape)).sigmoid() * classes).long()
+    return rnd("logits", (2, classes, *shape)), classes_of
+
+
+@each_shape
+def test_the_dice_loss_of_a_sure_answer_is_one_less_dice(shape):
+    logits, truth = labelled(shape)
+    found = logits.argmax(1)
+    sure = 1e4 * F.one_hot(found, 4).movedim(-1, 1).float()
+    dice = [2 * ((found == k) & (truth == k)).sum() / ((found == k).sum() + (truth == k).sum()) for k in (1, 2, 3)]
+    assert dice_loss(sure, truth).item() == pytest.approx(1 - sum(dice).item() / 3, rel=1e-5)
+    assert dice_loss(1e4 * F.one_hot(truth, 4).movedim(-1, 1).float(), truth) == 0
+
+
+@each_shape
+def test_a_class_that_the_batch_lacks_has_no_dice(shape):
+    logits, truth = labelled(shape)
+    without = truth.masked_fill(truth == 3, 0)
+    three = torch.cat([logits[:, [0, 3]].logsumexp(1, keepdim=True), logits[:, 1:3]], 1)  # 3 is background
+    assert dice_loss(logits, without).item() == pytest.approx(dice_loss(three, without).item(), rel=1e-5)
+
+
+def test_without_any_foreground_the_dice_loss_and_its_gradient_are_zero():
+    logits = rnd("logits", (1, 3, 6, 7)).requires_grad_()
+    loss = dice_loss(logits, torch.zeros(1, 6, 7))
+    loss.backward()
+    assert loss == 0 and not logits.grad.any()
+
+
+@each_shape
+def test_the_dice_loss_counts_the_voxels_of_a_batch_together(shape):
+    logits, truth = labelled(shape)
+    as_one = [torch.cat(list(x), 1 if x is logits else 0)[None] for x in (logits, truth)]
+    assert dice_loss(logits, truth).item() == pytest.approx(dice_loss(*as_one).item(), rel=1e-5)
+
+
+def test_the_dice_loss_is_float32_also_of_bf16_logits():
+    logits, truth = labelled((9, 9))
+    assert dice_loss(logits.bfloat16(), truth).dtype == torch.float32

@@ -509,8 +509,11 @@ CONTENTS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("unpacker", ["gzip.GzipFile", "isal.igzip.IGzipFile"])
 @pytest.mark.parametrize("name", CONTENTS)
-def test_a_faulty_file_is_refused_and_named(tmp_path, name):
+def test_a_faulty_file_is_refused_and_named(tmp_path, name, unpacker, monkeypatch):
+    module, _, reader = unpacker.rpartition(".")
+    monkeypatch.setattr("gvsl_zoo.volume._GzipReader", getattr(pytest.importorskip(module), reader))
     content, message = CONTENTS[name]
     path = tmp_path / "fault.nii.gz"
     path.write_bytes(content)
@@ -551,10 +554,12 @@ def test_any_changed_header_gives_a_volume_or_a_volume_error(tmp_path):
             assert np.isfinite(volume.affine).all() and volume.data.ndim == 3 and min(volume.spacing_mm) > 0
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path):
-    for path in (tmp_path / "none.nii", tmp_path):
-        with pytest.raises(VolumeError, match="no such file; check the path"):
-            read_volume(path)
+def test_a_missing_file_and_a_folder_of_no_series_are_refused(tmp_path):
+    with pytest.raises(VolumeError, match="no such file; check the path"):
+        read_volume(tmp_path / "none.nii")
+    pytest.importorskip("SimpleITK", reason="needs gvsl-zoo[io]")
+    with pytest.raises(VolumeError, match="it holds no DICOM series; give a NIfTI-1 or NIfTI-2 file"):
+        read_volume(tmp_path)
 
 
 def test_all_nan_and_astronomical_voxels_are_refused(tmp_path):

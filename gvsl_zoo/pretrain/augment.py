@@ -1,6 +1,7 @@
 """Augmentation on tensors: one pose for all images of a pair, and damage for the restoration head to undo.
 
 Every draw comes from the passed generator, on its device; images are (B, C, *shape) in [0, 1], 2D or 3D, on any device.
+With a generator on the CPU nothing here waits for a GPU, and the draws are the same on every device.
 Numbers with a source beside them are the papers'. All others are our choice: the papers' are not public knowledge.
 """
 
@@ -56,13 +57,13 @@ def sample_pose(
     turns = 3 if ndim == 3 else 1
     numbers = torch.zeros(batch, 15 if ndim == 3 else 7, device=generator.device)
     numbers[:, : turns + ndim] = strength * (2 * _uniform(generator, batch, turns + ndim) - 1)
-    matrix = affine_matrix(numbers)[:, :, :-1].to(device)  # (B, n, n): no translation
+    matrix = moved(affine_matrix(numbers)[:, :, :-1], device)  # (B, n, n): no translation
     coordinates = _smooth_noise((batch, ndim), shape, generator, strength * elastic_voxels, device)
     for axis, size in enumerate(shape):
         reach = torch.arange(size, device=device) - (size - 1) / 2
-        moved = matrix[:, :, axis, None] * reach  # (B, n, size)
-        moved[:, axis] += (size - 1) / 2  # once for each coordinate
-        coordinates += moved.view(batch, ndim, *[size if d == axis else 1 for d in range(ndim)])
+        turned = matrix[:, :, axis, None] * reach  # (B, n, size)
+        turned[:, axis] += (size - 1) / 2  # once for each coordinate
+        coordinates += turned.view(batch, ndim, *[size if d == axis else 1 for d in range(ndim)])
     return coordinates
 
 
@@ -132,6 +133,13 @@ def damage(x: Tensor, generator: torch.Generator) -> Tensor:
     return spoiled
 
 
+def moved(x: Tensor, device: torch.device | str) -> Tensor:
+    """x on a device; to CUDA through pinned memory, so that the copy waits for its turn there, and nobody here."""
+    if x.is_cpu and torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 def _uniform(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.rand(shape, generator=generator, device=generator.device)
 
@@ -156,7 +164,7 @@ def _smooth_noise(
         basis = torch.exp(-0.5 * (distance / KNOT_VOXELS) ** 2)
         bases.append(basis / basis.norm(dim=1, keepdim=True))  # (size, knots)
     knots_of = [basis.shape[1] for basis in bases]
-    noise = sd * torch.randn(*lead, *knots_of, generator=generator, device=generator.device).to(device)
+    noise = sd * moved(torch.randn(*lead, *knots_of, generator=generator, device=generator.device), device)
     with full_precision(noise):
         noise = noise @ bases[-1].T
         for axis in reversed(range(len(shape) - 1)):
@@ -176,7 +184,8 @@ def _bend(x: Tensor, generator: torch.Generator) -> None:
     right = torch.searchsorted(curve_x.contiguous(), levels).clamp(1, CURVE_POINTS - 1)
     left_x, right_x = curve_x.gather(1, right - 1), curve_x.gather(1, right)
     share = ((levels - left_x) / (right_x - left_x).clamp_min(1e-6)).clamp(0, 1)
-    tables = torch.lerp(curve_y.gather(1, right - 1), curve_y.gather(1, right), share).clamp(0, 1).to(x.device)
+    tables = torch.lerp(curve_y.gather(1, right - 1), curve_y.gather(1, right), share).clamp(0, 1)
+    tables = moved(tables, x.device)
     for index in chosen:
         entry = x[index].float().clamp(0, 1).mul_(GREY_LEVELS - 1).add_(0.5).int()
         x[index] = tables[index].index_select(0, entry.flatten()).view_as(entry)
@@ -195,20 +204,20 @@ def _shuffle(x: Tensor, generator: torch.Generator) -> None:
         if chance >= SHUFFLE_PROBABILITY:
             continue
         edges = [min(low + int((high - low + 1) * share), size) for share, size in zip(edges_of, shape, strict=True)]
-        first, inner = (torch.zeros(1, dtype=torch.int64, device=generator.device) for _ in range(2))
+        first, inner = (torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(2))
         blocks = _blocks(shape.numel(), math.prod(edges))
-        corners = _uniform(generator, len(shape), blocks)
+        corners = moved(_uniform(generator, len(shape), blocks), x.device)
         for corner, edge, size, stride in zip(corners, edges, shape, strides, strict=True):
             first = first + (corner * (size - edge + 1)).long().clamp_max(size - edge) * stride
-            steps = torch.arange(edge, device=generator.device) * stride
+            steps = torch.arange(edge, device=x.device) * stride
             inner = (inner[:, None] + steps).flatten()
-        mixed = inner[torch.randperm(len(inner), generator=generator, device=generator.device)]
-        places, origins = ((first[:, None] + offsets).flatten().to(x.device) for offsets in (inner, mixed))
+        order = torch.randperm(math.prod(edges), generator=generator, device=generator.device)
+        mixed = inner[moved(order, x.device)]
+        places, origins = ((first[:, None] + offsets).flatten() for offsets in (inner, mixed))
         turn = torch.arange(len(places), dtype=torch.int32, device=x.device)
         last = turn.new_zeros(shape.numel()).scatter_reduce_(0, places, turn, "amax")
-        counts = last[places] == turn  # the result does not depend on the order of writing
         flat = image.view(len(image), -1)
-        flat[:, places[counts]] = flat[:, origins[counts]]
+        flat[:, places] = flat[:, origins[last[places]]]  # whoever writes a voxel writes the same
 
 
 def _blocks(voxels: int, block: int) -> int:
@@ -222,7 +231,7 @@ def _paint(x: Tensor, generator: torch.Generator) -> None:
     boxes = _painted_boxes(len(x), x.shape[2:], generator)
     patches = [x[index][(slice(None), *box)] for index, several in enumerate(boxes) for box in several]
     sizes = [patch.numel() for patch in patches]
-    noise = _uniform(generator, sum(sizes)).to(x.device, x.dtype)
+    noise = moved(_uniform(generator, sum(sizes)).to(x.dtype), x.device)
     for patch, values in zip(patches, noise.split(sizes), strict=True):
         patch.copy_(values.view_as(patch))
 

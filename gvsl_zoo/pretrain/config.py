@@ -4,15 +4,41 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from ..errors import ArgumentError
 
 Objective = Literal["gvsl", "restoration", "matching", "no-affine"]
+Config = TypeVar("Config", bound="RunConfig")
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class RunConfig:
+    """What the settings of every run have.
+
+    seed: decides every draw. save_every: steps between checkpoints; keep_last: how many of these stay.
+    """
+
+    steps: int
+    seed: int = 0
+    save_every: int = 250
+    keep_last: int = 2
+
+    @classmethod
+    def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
+        """Settings as JSON has them: tuples are lists there."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            raise ArgumentError(f"unknown settings {', '.join(unknown)}", "they may be of a newer gvsl-zoo: upgrade it")
+        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        try:
+            return cls(**plain)
+        except TypeError as error:
+            raise ArgumentError(f"settings of the wrong kind ({error})", f"see {cls.__name__}") from None
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
     """One run. Loss weights are the paper's (He et al. 2023, sec. 3.1: all 1); the rest is sized for a CPU.
 
     objective: gvsl; or one of its ablations: restoration alone (Models Genesis), matching alone, no affine head.
@@ -25,7 +51,6 @@ class PretrainConfig:
     displacement, affine, contrast: weights of what synthetic pairs can teach besides, whose anatomy is known.
     """
 
-    steps: int
     objective: Objective = "gvsl"
     ndim: int = 3
     width: int = 8
@@ -47,9 +72,6 @@ class PretrainConfig:
     warmup_steps: int = 100
     clip_norm: float = 1.0
     ema: float = 0.0
-    seed: int = 0
-    save_every: int = 250
-    keep_last: int = 2
     bf16: bool = True
     checkpointing: bool = False  # of activations: memory for time
     compile: bool = False
@@ -69,15 +91,6 @@ class PretrainConfig:
     def known(self) -> bool:
         """Whether a term needs the known anatomy of synthetic pairs."""
         return max(self.displacement, self.affine, self.contrast) > 0
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PretrainConfig:
-        """Settings as JSON has them: tuples are lists there."""
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(values.keys() - known):
-            raise ArgumentError(f"unknown settings {', '.join(unknown)}", "they may be of a newer gvsl-zoo: upgrade it")
-        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return cls(**plain)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -110,7 +123,16 @@ def settings_of(preset: str, steps: int, named: dict[str, Any], others: tuple[st
     """
     values = PRESETS[preset] | (FILMS if named.get("ndim") == 2 else {})
     values |= {key: value for key, value in named.items() if value is not None}
-    for text in others:
+    values |= parse_settings(others)
+    if isinstance(values.get("crop"), int):
+        values["crop"] = (values["crop"],) * values.get("ndim", 3)
+    return PretrainConfig.from_dict({"steps": steps} | values)
+
+
+def parse_settings(texts: tuple[str, ...]) -> dict[str, Any]:
+    """Settings written as "name=value", the value as JSON has it, or a word."""
+    values: dict[str, Any] = {}
+    for text in texts:
         name, equals, value = text.partition("=")
         try:
             values[name] = json.loads(value.lower() if value in ("True", "False") else value)
@@ -118,9 +140,4 @@ def settings_of(preset: str, steps: int, named: dict[str, Any], others: tuple[st
             values[name] = value
         if not equals:
             raise ArgumentError(f"{text!r} is no setting", "write name=value")
-    if isinstance(values.get("crop"), int):
-        values["crop"] = (values["crop"],) * values.get("ndim", 3)
-    try:
-        return PretrainConfig.from_dict({"steps": steps} | values)
-    except TypeError as error:
-        raise ArgumentError(f"settings of the wrong kind ({error})", "see PretrainConfig") from None
+    return values

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from ..errors import ArgumentError
 from ..volume import CT_WINDOW_HU
 from .anatomy import CANONICAL_MM, Film, Subject, sample_film, sample_subject
+from .bucket import is_url
 from .config import PretrainConfig
 from .prepare import prepare_store
 from .store import Store
@@ -142,7 +143,7 @@ class StorePairs:
         return fixed, moving
 
     def _crop(self, number: int, place: Tensor, generator: torch.Generator) -> Tensor:
-        shape = self.store.volume(number).shape
+        shape = self.store.shape(number)
         starts = crop_starts([max(s, c) for s, c in zip(shape, self.crop, strict=True)], self.crop, place, generator)
         centred = [start - max(0, c - s) // 2 for start, s, c in zip(starts, shape, self.crop, strict=True)]
         return self.store.crop(number, centred, self.crop)
@@ -228,17 +229,19 @@ class Numbers:
 
 
 def open_data(data: str, config: PretrainConfig, out: Path | None) -> PairSource | None:
-    """Pairs of the scans in a store, or in a folder of files, which becomes the store `out`/store; None: synthetic.
+    """Pairs of the scans in a store, a folder or a URL, or in a folder of files, which becomes the store `out`/store.
+
+    None: synthetic.
 
     Raises: ArgumentError for a folder of files without an `out`, or while several processes start.
     """
     if data == "synthetic":
         return None
-    if Path(data).is_dir() and not (Path(data) / "store.json").exists():
+    if not is_url(data) and Path(data).is_dir() and not (Path(data) / "store.json").exists():
         if out is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
             cause = "several processes start" if out else "a dry run writes none"
             raise ArgumentError(f"{data} is no store, and {cause}", "run gvsl-zoo prepare first")
         unit = "HU" if config.ndim == 3 else "grey"
         prepare_store(Path(data), out / "store", spacing_mm=config.spacing_mm, unit=unit, ndim=config.ndim)
         data = str(out / "store")
-    return StorePairs(Store(Path(data)), config.crop, config.spacing_mm)
+    return StorePairs(Store(data), config.crop, config.spacing_mm)

@@ -68,15 +68,19 @@ def finish(out: Path, entry: ModelEntry, last: dict[str, float]) -> None:
         Evaluation("registration", "8 held-out synthetic pairs", name, round(last[name], 4), command=command)
         for name in measured
     )
-    entry = replace(entry, evaluation=results)
+    publish(out, replace(entry, evaluation=results))
+
+
+def publish(out: Path, entry: ModelEntry) -> None:
+    """Put beside the weights of a run their card, and a registry that lists them."""
     for name, text in card_files(entry).items():
         if name != "config.json":  # a run's is that of its settings
             write_whole(out / name, text.encode())
     row = entry.to_dict()
     del row["name"]
     row["sources"] = [{"kind": "file", "path": WEIGHTS_NAME, "sha256": sha256_of(out / WEIGHTS_NAME)}]
-    text = yaml.safe_dump({"schema_version": SCHEMA_VERSION, "models": {entry.name: _without_nothing(row)}}, width=100)
-    write_whole(out / "registry.yaml", text.encode())
+    listing = {"schema_version": SCHEMA_VERSION, "models": {entry.name: _without_nothing(row)}}
+    write_whole(out / "registry.yaml", yaml.safe_dump(listing, width=100, allow_unicode=True).encode())
 
 
 def _without_nothing(value: Any) -> Any:

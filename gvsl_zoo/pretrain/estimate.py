@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +12,12 @@ import torch
 
 from .config import PretrainConfig
 from .data import PairSource
+from .learner import Record
 from .loop import build, pretrain
+
+
+class Enough(Exception):
+    """Ends a run before the validation and the checkpoint of its last step."""
 
 
 def estimate(
@@ -21,11 +27,15 @@ def estimate(
     import resource
 
     seconds: list[float] = []
-    with TemporaryDirectory() as folder:
-        short = replace(config, steps=steps, save_every=steps + 1)
-        pretrain(
-            short, Path(folder), real, device=device, workers=workers, progress=lambda r: seconds.append(r["seconds"])
-        )
+
+    def note(record: Record) -> None:
+        seconds.append(record["seconds"])
+        if len(seconds) == steps:
+            raise Enough
+
+    short = replace(config, steps=steps + 1, save_every=steps + 1)
+    with TemporaryDirectory() as folder, suppress(Enough):
+        pretrain(short, Path(folder), real, device=device, workers=workers, progress=note)
     on_gpu = torch.cuda.is_available() and device != "cpu"
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     step = sorted(seconds)[len(seconds) // 2]

@@ -12,7 +12,7 @@ from ..losses import local_ncc_loss, restoration_loss, smoothness_loss
 from ..models.backbone import Features
 from ..models.gvsl import GVSL
 from ..spatial import affine_coordinates, compose, identity_grid, warp
-from .augment import apply_pose, damage, sample_pose
+from .augment import apply_pose, damage, moved, sample_pose
 from .config import PretrainConfig
 from .data import Pair, seeded
 
@@ -36,18 +36,18 @@ class Batch(NamedTuple):
 
 
 def make_batch(pairs: list[Pair], numbers: list[int], config: PretrainConfig, device: torch.device) -> Batch:
-    """Pose and damage pairs on the device; the draws of a pair are a function of the seed and its number."""
+    """Pose and damage pairs on the device; the draws of a pair are a function of the seed and its number, anywhere."""
     rows = []
     for pair, number in zip(pairs, numbers, strict=True):
-        generator = seeded(device, config.seed, 1, number)
-        images = torch.stack([pair.fixed, pair.moving]).to(device)  # (2, 1, *crop)
+        generator = seeded("cpu", config.seed, 1, number)
+        images = torch.stack([moved(pair.fixed, device), moved(pair.moving, device)])  # (2, 1, *crop)
         if config.known:
             known = torch.full_like(images, float(pair.known))
-            images = torch.cat([images, pair.anatomy.to(device), known], 1)
-        fixed, moving = apply_pose(images, sample_pose(config.crop, generator)).split(1)
+            images = torch.cat([images, moved(pair.anatomy, device), known], 1)
+        fixed, moving = apply_pose(images, sample_pose(config.crop, generator, device=device)).split(1)
         image = fixed[:, :1]
         share = 0.0 if config.objective == "matching" else config.damage_share
-        damaging = float(torch.rand(1, generator=generator, device=device)) < share
+        damaging = float(torch.rand(1, generator=generator)) < share
         damaged = damage(image, generator) if damaging else image
         rows.append(Batch(image, damaged, moving[:, :1], fixed[:, 1:], moving[:, 1:]))
     return Batch(*(torch.cat(parts) for parts in zip(*rows, strict=True)))

@@ -10,7 +10,6 @@ import csv
 import hashlib
 import io
 import json
-import locale
 import math
 import multiprocessing
 import os
@@ -33,13 +32,12 @@ from torch import Tensor
 from .. import __version__
 from ..cache import sha256_of
 from ..errors import ArgumentError, VolumeError, listed
-from ..volume import InputWarning, Preprocessing, Volume, prepare, read_volume
+from ..volume import InputWarning, Preprocessing, dicom_files, is_dicom, prepare, read_volume
 from ..weights import write_whole
-from .store import ENTRY, RANGES, VOXEL, Format, format_facts, read_format, read_names, shard_path
+from .store import ENTRY, RANGES, VOXEL, Folder, Format, format_facts, read_format, read_names, shard_path
 
 MAX_SHARD_VOXELS = 2**29  # 1 GiB
 FEW_VALUES = 32  # scans have hundreds
-DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 GO_ON = "free space or mend the disk; the same call then goes on where it stopped"
 Record = dict[str, Any]  # a line of a journal: a finished file
 
@@ -223,7 +221,7 @@ def _find(folder: Path, ndim: int, store: Path) -> tuple[dict[str, _State], dict
         for name in names:
             if name.lower().endswith(suffixes):
                 note(here / name)
-        if ndim == 3 and any(_is_dicom(here / name) for name in names):
+        if ndim == 3 and any(is_dicom(here / name) for name in names):
             note(here)
     for name in [name for name in found if "\n" in name]:
         del found[name]
@@ -231,22 +229,8 @@ def _find(folder: Path, ndim: int, store: Path) -> tuple[dict[str, _State], dict
     return found, bad
 
 
-def _is_dicom(path: Path) -> bool:
-    """By the suffix; a name without one, or that is a UID, by the four letters behind the preamble."""
-    suffix = path.suffix.lower()
-    if suffix in DICOM_SUFFIXES or (suffix and not suffix[1:].isdigit()) or path.name == "DICOMDIR":
-        return suffix in DICOM_SUFFIXES
-    with suppress(OSError), path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
-    return False
-
-
-def _slices(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name[0] != "." and path.is_file() and _is_dicom(path))
-
-
 def _state(path: Path) -> _State:
-    stats = [file.stat() for file in (_slices(path) if path.is_dir() else [path])]
+    stats = [file.stat() for file in (dicom_files(path) if path.is_dir() else [path])]
     return _State(sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0))
 
 
@@ -254,7 +238,7 @@ def _content(path: Path) -> str:
     """sha256 of the file; of a DICOM folder, that of its files' hashes."""
     if not path.is_dir():
         return sha256_of(path)
-    return hashlib.sha256("".join(map(sha256_of, _slices(path))).encode()).hexdigest()
+    return hashlib.sha256("".join(map(sha256_of, dicom_files(path))).encode()).hexdigest()
 
 
 def _chosen(
@@ -336,7 +320,10 @@ def _carried_out(jobs: Iterable[_Job], workers: int, cluster: str | None) -> Ite
 def _executor(workers: int, cluster: str | None) -> Iterator[tuple[Executor, int]]:
     """Processes of this machine or of a cluster, and how many jobs keep them busy."""
     if cluster is None:
-        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+        # torch's threads do not survive a fork of this process; that of a server which has only imported it is safe
+        server = "forkserver" in multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("forkserver" if server else "spawn")
+        context.set_forkserver_preload([__name__])
         with ProcessPoolExecutor(workers, context, _end_with_parent) as executor:
             yield executor, 4 * workers
         return
@@ -396,14 +383,14 @@ def _read(path: Path, format: Format) -> tuple[np.ndarray, Record]:
     spacing = (0.0, 0.0, 0.0)
     notes: tuple[str, ...] = ()
     if format.ndim == 2:
-        source = _read_film(path, format.unit)
+        source = read_film(path, format.unit)
         lowest, highest = float(source.min()), float(source.max())
         low, high = (0.0, 255.0) if format.unit == "grey" else (lowest, highest)
         image = torch.from_numpy(source.astype(np.float32))[None].sub_(low).div_(max(high - low, 1))  # (1, H, W)
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", InputWarning)
-            volume = _read_dicom(path) if path.is_dir() else read_volume(path)
+            volume = read_volume(path)
             wanted = None if format.spacing_mm is None else (format.spacing_mm,) * 3
             prepared = prepare(volume, Preprocessing(wanted, unit=format.unit))
         source = volume.data
@@ -424,7 +411,7 @@ def _stored(image: Tensor, unit: str) -> np.ndarray:
     return image.mul_(high - low).add_(low).round_().to(torch.int16).numpy().astype(VOXEL, copy=False)
 
 
-def _read_film(path: Path, unit: str) -> np.ndarray:
+def read_film(path: Path, unit: str) -> np.ndarray:
     """A grey picture, (H, W); colours are taken if all three are the same."""
     try:
         from PIL import Image
@@ -442,50 +429,6 @@ def _read_film(path: Path, unit: str) -> np.ndarray:
     if (pixels != pixels[..., :1]).any():
         raise VolumeError("a picture in colour", "give grey films")
     return pixels[..., 0]
-
-
-@contextmanager
-def own_locale() -> Iterator[None]:
-    """Keep the process's locale: SimpleITK sets that of C when it opens DICOM, and Python then reads text as ASCII."""
-    before = locale.setlocale(locale.LC_ALL)
-    try:
-        yield
-    finally:
-        locale.setlocale(locale.LC_ALL, before)
-
-
-@own_locale()
-def _read_dicom(folder: Path) -> Volume:
-    """The one series in a folder; its slices must be all there, evenly spaced and not sheared."""
-    try:
-        import SimpleITK as sitk
-    except ImportError:
-        raise VolumeError("a DICOM series needs SimpleITK", "pip install 'gvsl-zoo[io]'") from None
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    if len(series) != 1:
-        raise VolumeError(f"{len(series)} DICOM series in one folder", "give each series a folder of its own")
-    names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
-    if len(names) != (claimed := len(_slices(folder))):
-        raise VolumeError(f"{claimed - len(names)} of {claimed} DICOM files are damaged", "copy them again")
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(names)
-    reader.MetaDataDictionaryArrayUpdateOn()
-    image = reader.Execute()
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise VolumeError("the DICOM series is not one grey volume", "convert it to NIfTI with dcm2niix")
-    places = [
-        reader.GetMetaData(i, "0020|0032") for i in range(len(names)) if reader.HasMetaDataKey(i, "0020|0032")
-    ]  # ImagePositionPatient, LPS mm
-    matrix = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
-    steps = np.diff([[float(x) for x in place.split("\\")] for place in places], axis=0)
-    if len(places) < len(names) or not np.allclose(steps, matrix[:, 2], rtol=0, atol=0.01 * image.GetSpacing()[2]):
-        cause = "the slices are unevenly spaced, sheared (gantry tilt), or have no position"
-        raise VolumeError(cause, "convert the series to NIfTI with dcm2niix")
-    affine = np.eye(4)
-    affine[:3, :3], affine[:3, 3] = matrix, image.GetOrigin()
-    affine[:2] *= -1  # LPS -> RAS
-    return Volume(sitk.GetArrayFromImage(image).T, affine)
 
 
 # --- Writing ------------------------------------------------------------------------------------------------------
@@ -564,7 +507,7 @@ def _write_index(store: Path, records: list[Record], chosen: Mapping[str, tuple[
 
 def _numbered(path: Path, names: list[str]) -> list[int]:
     """The line of each name in a file of names, to which new ones are added: an older index stays right."""
-    lines = {name: line for line, name in enumerate(read_names(path))}
+    lines = {name: line for line, name in enumerate(read_names(Folder(path.parent), path.name))}
     numbers = [lines.setdefault(name, len(lines)) for name in names]
     write_whole(path, "".join(f"{name}\n" for name in lines).encode("utf-8", "surrogateescape"))
     return numbers
@@ -588,7 +531,7 @@ def _sole_writer(store: Path, format: Format) -> Iterator[None]:
             raise VolumeError(f"another process prepares {str(store)!r}", "wait for it, or choose another") from None
     try:
         if (store / "store.json").exists():
-            if (own := read_format(store)) != format:
+            if (own := read_format(Folder(store))) != format:
                 raise ArgumentError(f"the store {str(store)!r} is {own}, not {format}", "choose another folder")
         elif any(path.name[0] != "." for path in store.iterdir()):
             raise ArgumentError(f"{str(store)!r} holds other things and no store", "choose an empty or new folder")

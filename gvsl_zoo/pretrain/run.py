@@ -1,9 +1,10 @@
-"""The folder of a run: its settings, log, checkpoints and lock.
+"""The folder of a run, of pre-training or fine-tuning: its settings, log, checkpoints and lock.
 
 RUN/
     config.json              settings
     log.jsonl                a line a step
-    checkpoints/00000250/    model, optimizer, ema (averaged weights) as safetensors; state.json: their hashes
+    checkpoints/00000250/    model, optimizer, ema (averaged weights), best (on validation) as safetensors; state.json:
+                             their hashes
     README.md, registry.yaml card of the finished model, and a registry that lists it; LICENSE, preprocessor_config.json
     tensorboard/             the log once more, where TensorBoard is installed
     curves.png, pair.png     learning curves, and what the model makes of a held-out pair
@@ -29,25 +30,25 @@ from ..cache import sha256_of
 from ..errors import ArgumentError, TrainingError, WeightsError
 from ..registry import ModelEntry
 from ..weights import METADATA_KEY, WEIGHTS_NAME, open_weights, write_weights, write_whole
-from .config import PretrainConfig
+from .config import RunConfig
 
 STATE_VERSION = 1
 STATE, LOG, SETTINGS = "state.json", "log.jsonl", "config.json"
-Tensors = Mapping[str, Tensor]
+Tensors = Mapping[str, Tensor]  # by name
 
 
 class State(NamedTuple):
-    """What a checkpoint holds, tensors by file and name: model, optimizer and perhaps ema."""
+    """What a checkpoint holds, tensors by file and name: model, optimizer, perhaps ema and best."""
 
     step: int
     pairs_a_step: int
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: dict[str, Tensors]
 
 
 class Run:
     """A run's folder, open for one process group at a time."""
 
-    def __init__(self, folder: Path, config: PretrainConfig) -> None:
+    def __init__(self, folder: Path, config: RunConfig) -> None:
         self.folder, self.config = folder, config
         self.checkpoints = folder / "checkpoints"
 
@@ -96,7 +97,7 @@ class Run:
     def save(self, state: State, entry: ModelEntry) -> None:
         """Write a checkpoint under a temporary name and rename it; then let go of the oldest ones.
 
-        The model that `load` opens is the averaged one, where there is one.
+        The model that `load` opens is the best, else the averaged one, where there are such.
         """
         name = f"{state.step:08d}"
         partial = self.checkpoints / f".{name}.partial"
@@ -116,7 +117,7 @@ class Run:
                 shutil.rmtree(final)
             partial.rename(final)
             _sync(self.checkpoints)
-            kept = "ema" if "ema" in state.tensors else "model"
+            kept = next(part for part in ("best", "ema", "model") if part in state.tensors)
             self._publish(final / f"{kept}.safetensors")
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -162,7 +163,7 @@ def _read_checkpoint(folder: Path) -> State:
     facts = json.loads((folder / STATE).read_bytes())
     if facts["version"] > STATE_VERSION:
         raise TrainingError(f"{folder} was written by gvsl-zoo {facts['made_by']}", "upgrade gvsl-zoo to go on from it")
-    tensors = {}
+    tensors: dict[str, Tensors] = {}
     for name, sha256 in facts["files"].items():
         path = folder / name
         if sha256_of(path) != sha256:
@@ -184,6 +185,10 @@ def _sync(folder: Path) -> None:
 
 def finished(out: Path) -> dict[str, Any]:
     """What a run ended with: its last record, and where its files are."""
-    lines = (out / LOG).read_text().splitlines()
-    last = json.loads(lines[-1])
-    return {"run": str(out), "weights": str(out / WEIGHTS_NAME)} | last
+    return {"run": str(out), "weights": str(out / WEIGHTS_NAME)} | last_record(out)
+
+
+def last_record(out: Path) -> dict[str, Any]:
+    """What the last step of a run logged."""
+    last: dict[str, Any] = json.loads((out / LOG).read_text().splitlines()[-1])
+    return last

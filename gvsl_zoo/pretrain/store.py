@@ -7,6 +7,8 @@ STORE/
     shards/00012.i16    volumes end to end, little-endian; written by one process, only appended to, about 1 GiB
     shards/00012.jsonl  its journal: what lies there whole, a source file a line
     quarantine.jsonl    sources that could not be used, with the cause; notes.jsonl: what was doubtful about others
+
+Behind a URL the same index stands for volumes cut into chunks: see bucket.py.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, VolumeError
 from ..volume import CT_WINDOW_HU
+from .bucket import COPY_AGAIN, VOXEL, Bucket, is_url
 
 VERSION = 1
 RANGES = {  # of the numbers stored: what becomes 0 and what 1
@@ -35,7 +38,6 @@ RANGES = {  # of the numbers stored: what becomes 0 and what 1
     "grey": (0, 255),
 }
 OPEN_SHARDS = 256  # mapped at a time: each holds a file descriptor, of which a process often has 1024
-VOXEL = np.dtype("<i2")
 ENTRY = np.dtype(
     [
         ("offset", "<u8"),  # voxels in the shard before the first
@@ -79,17 +81,23 @@ class Store:
     """A store opened to read. Opening and cropping cost the same however many volumes there are; pickles are small.
 
     Args:
-        path: the folder that `prepare_store` wrote.
+        path: the folder that `prepare_store` wrote, or the URL to which `copy_store` copied one. Of a folder the
+            index is mapped; from a URL every process that opens it fetches it whole, 68 bytes a volume.
 
-    Errors: VolumeError if it is none, is unfinished, damaged, or of a newer version.
+    Errors: VolumeError if it is none, is unfinished, damaged, of a newer version, or out of reach.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.format = read_format(self.path)
+        self.path: str | Path
+        self._files: Bucket | Folder
+        if is_url(path):
+            self.path, self._files = str(path), Bucket(str(path))
+        else:
+            self.path = Path(path)
+            self._files = Folder(self.path)
+        self.format = read_format(self._files)
         try:
-            # a plain array over the map: the subclass costs at every access
-            self.entries = np.asarray(np.lib.format.open_memmap(self.path / "index.npy", mode="r"))
+            self.entries = self._files.entries()
         except FileNotFoundError:
             cause = f"the store {str(self.path)!r} has no index"
             raise VolumeError(cause, "run 'gvsl-zoo prepare' to its end") from None
@@ -97,9 +105,8 @@ class Store:
             raise self._damaged(f"index.npy: {error}") from None
         if self.entries.dtype != ENTRY or self.entries.ndim != 1:
             raise self._damaged("index.npy is no index")
-        self._shard = lru_cache(OPEN_SHARDS)(self._map)
 
-    def __reduce__(self) -> tuple[type[Store], tuple[Path]]:
+    def __reduce__(self) -> tuple[type[Store], tuple[str | Path]]:
         return Store, (self.path,)
 
     def __len__(self) -> int:
@@ -123,29 +130,30 @@ class Store:
     @cached_property
     def subject_names(self) -> list[str]:
         """What `entries["subject"]` counts."""
-        return read_names(self.path / "subjects.txt")
+        return read_names(self._files, "subjects.txt")
 
     @cached_property
     def stratum_names(self) -> list[str]:
         """What `entries["stratum"]` counts."""
-        return read_names(self.path / "strata.txt")
+        return read_names(self._files, "strata.txt")
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the index: the same only while the store holds the same volumes."""
         return hashlib.sha256(self.entries.tobytes()).hexdigest()
 
+    def shape(self, i: int) -> tuple[int, ...]:
+        """Of volume `i`, (D, H, W) or (H, W)."""
+        return tuple(self.entries[i]["shape"].tolist()[-self.ndim :])
+
     def volume(self, i: int) -> np.ndarray:
-        """Volume `i` as stored, (D, H, W) or (H, W) int16: a read-only view of the disk.
+        """Volume `i` as stored, (D, H, W) or (H, W) int16, read-only: a view of the disk, or fetched whole.
 
         Errors: IndexError beyond the end; VolumeError where the shard is missing or too short.
         """
-        entry = self.entries[i]
-        shape, start = entry["shape"].tolist()[-self.ndim :], int(entry["offset"])
-        voxels = self._shard(int(entry["shard"]))[start : start + math.prod(shape)]
-        if voxels.size < math.prod(shape):
-            raise self._damaged(f"shard {int(entry['shard']):05d} ends within volume {i}")
-        return voxels.reshape(shape)
+        voxels = self._box(i, [slice(0, n) for n in self.shape(i)])
+        voxels.flags.writeable = False
+        return voxels
 
     def crop(self, i: int, start: Sequence[int], shape: Sequence[int]) -> Tensor:
         """A box of volume `i`, (1, *shape) float32 in [0, 1], as `volume.prepare` scales it; air where it leaves it.
@@ -154,28 +162,64 @@ class Store:
             start: first voxel (z, y, x) or (y, x); may be negative or beyond the end.
             shape: of the box, (D, H, W) or (H, W).
         """
-        volume, (low, high) = self.volume(i), RANGES[self.unit]
+        low, high = RANGES[self.unit]
         box = np.zeros(shape, np.float32)
-        sides = zip(start, shape, volume.shape, strict=True)
-        there = tuple(slice(max(0, first), min(n, first + size)) for first, size, n in sides)
+        sides = zip(start, shape, self.shape(i), strict=True)
+        there = [slice(max(0, first), min(n, first + size)) for first, size, n in sides]
         if all(part.start < part.stop for part in there):
             inside = box[tuple(slice(part.start - a, part.stop - a) for part, a in zip(there, start, strict=True))]
-            np.subtract(volume[there], low, out=inside, dtype=np.float32)
+            np.subtract(self._box(i, there), low, out=inside, dtype=np.float32)
             inside /= high - low
         return torch.from_numpy(box)[None]
 
-    def _map(self, number: int) -> np.ndarray:
-        path = shard_path(self.path, number)
+    def _box(self, i: int, there: Sequence[slice]) -> np.ndarray:
         try:
-            return np.asarray(np.memmap(path, VOXEL, mode="r", shape=(path.stat().st_size // VOXEL.itemsize,)))
-        except (OSError, ValueError) as error:  # the latter: an empty file
-            raise self._damaged(f"{path.name}: {getattr(error, 'strerror', None) or error}") from None
+            return self._files.box(self.entries[i], self.shape(i), there)
+        except FileNotFoundError as error:
+            raise self._damaged(f"volume {i} is missing: {error.filename or error}") from None
+        except (OSError, ValueError) as error:
+            raise self._damaged(f"volume {i}: {error}") from None
 
     def _damaged(self, cause: str) -> VolumeError:
-        return VolumeError(f"the store {str(self.path)!r} is damaged: {cause}", "run 'gvsl-zoo prepare' on it again")
+        remedy = "run 'gvsl-zoo prepare' on it again" if isinstance(self.path, Path) else COPY_AGAIN
+        return VolumeError(f"the store {str(self.path)!r} is damaged: {cause}", remedy)
 
 
 # --- The layout, which prepare.py writes --------------------------------------------------------------------------
+
+
+class Folder:
+    """The files of a store on a disk, mapped into memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._shard = lru_cache(OPEN_SHARDS)(self._map)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read(self, name: str) -> bytes:
+        """A whole file."""
+        return (self.path / name).read_bytes()
+
+    def entries(self) -> np.ndarray:
+        """The index, mapped; a plain array over the map: the subclass costs at every access."""
+        return np.asarray(np.lib.format.open_memmap(self.path / "index.npy", mode="r"))
+
+    def box(self, entry: np.void, shape: Sequence[int], there: Sequence[slice]) -> np.ndarray:
+        """A view of the volume that `entry` points at.
+
+        Errors: OSError, ValueError for a shard that is missing, empty or too short.
+        """
+        number, start = int(entry["shard"]), int(entry["offset"])
+        voxels = self._shard(number)[start : start + math.prod(shape)]
+        if voxels.size < math.prod(shape):
+            raise ValueError(f"the shard {number:05d}.i16 ends within it")
+        return voxels.reshape(shape)[tuple(there)]
+
+    def _map(self, number: int) -> np.ndarray:
+        path = shard_path(self.path, number)
+        return np.asarray(np.memmap(path, VOXEL, mode="r", shape=(path.stat().st_size // VOXEL.itemsize,)))
 
 
 def shard_path(store: Path, number: int) -> Path:
@@ -183,20 +227,20 @@ def shard_path(store: Path, number: int) -> Path:
     return store / "shards" / f"{number:05d}.i16"
 
 
-def read_format(store: Path) -> Format:
+def read_format(files: Folder | Bucket) -> Format:
     """What store.json says.
 
     Errors: VolumeError if there is none, or one of a newer version.
     """
     try:
-        facts: dict[str, Any] = json.loads((store / "store.json").read_bytes())
+        facts: dict[str, Any] = json.loads(files.read("store.json"))
         if facts["version"] > VERSION:
-            raise VolumeError(f"the store {str(store)!r} has version {facts['version']}", "upgrade gvsl-zoo")
+            raise VolumeError(f"the store {str(files)!r} has version {facts['version']}", "upgrade gvsl-zoo")
         return Format(facts["ndim"], facts["unit"], facts["spacing_mm"])
     except FileNotFoundError:
-        raise VolumeError(f"{str(store)!r} is not a store: no store.json", "make one: 'gvsl-zoo prepare'") from None
+        raise VolumeError(f"{str(files)!r} is not a store: no store.json", "make one: 'gvsl-zoo prepare'") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise VolumeError(f"the store {str(store)!r} has a damaged store.json: {error}", "prepare it anew") from None
+        raise VolumeError(f"the store {str(files)!r} has a damaged store.json: {error}", "prepare it anew") from None
 
 
 def format_facts(format: Format, made_by: str) -> dict[str, Any]:
@@ -205,9 +249,9 @@ def format_facts(format: Format, made_by: str) -> dict[str, Any]:
     return facts | {"window": RANGES[format.unit], "made_by": made_by}
 
 
-def read_names(path: Path) -> list[str]:
+def read_names(files: Folder | Bucket, name: str) -> list[str]:
     """The lines of a file of names, any bytes that a file name can have; none if there is no file."""
     try:
-        return path.read_bytes().decode("utf-8", "surrogateescape").split("\n")[:-1]
+        return files.read(name).decode("utf-8", "surrogateescape").split("\n")[:-1]
     except FileNotFoundError:
         return []

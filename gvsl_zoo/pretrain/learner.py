@@ -1,0 +1,277 @@
+"""How any run takes its steps: without waiting for the device, alike in all processes, until it is asked to stop."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.sharedctypes import RawValue
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import ArgumentError, TrainingError
+from .config import RunConfig
+from .data import Numbers
+from .run import State, Tensors
+
+Item = TypeVar("Item")
+Model = TypeVar("Model", bound=nn.Module)
+Record = dict[str, float]
+BEHIND = {"cuda": 1}  # steps that run on a device while the numbers of the step before them are read
+
+
+class Taken(NamedTuple):
+    """A step: what the log receives, and whether the weights are to be saved now, because it is time or to stop."""
+
+    record: Record
+    saving: bool
+    stopping: bool
+
+
+class Learner(Generic[Model]):
+    """A module in training; every process holds the same.
+
+    Args:
+        model: what is saved.
+        task: calls the model and gives the terms of the loss by name, each a scalar, float32.
+        optimizer: with `fused=True`, the only kind that leaves out a step without being told by the host.
+        rate: share of its peak that the learning rate has at a step.
+        ema: decay of the averaged weights, which are then the ones that are kept; 0 for none.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        task: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        accelerator: Any,
+        *,
+        rate: Callable[[int], float],
+        clip_norm: float,
+        ema: float = 0.0,
+    ) -> None:
+        self.model, self.task, self.optimizer, self.accelerator = model, task, optimizer, accelerator
+        self.rate, self.clip_norm, self.ema = rate, clip_norm, ema
+        self.averaged = deepcopy(model) if ema else None
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self.spoilt = torch.zeros((), device=accelerator.device)  # 1 from the first number on that is not finite
+
+    @property
+    def kept(self) -> Model:
+        """The module whose weights the run is for."""
+        return self.model if self.averaged is None else self.averaged
+
+    def steps(
+        self, forward_backward: Callable[[int], Mapping[str, Tensor]], first: int, config: RunConfig, stop: Stop
+    ) -> Iterator[Taken]:
+        """Take the steps from `first` to the end, or to where any process is asked to stop; yield each in its turn.
+
+        On CUDA a step is yielded while the next one runs, but not one whose weights are to be saved.
+
+        Args:
+            forward_backward: leaves the gradients of a step; gives the terms of its loss, on the device.
+
+        Raises: TrainingError for a loss or gradient that is not finite. The weights are then those before that step.
+        """
+        unread: deque[Callable[[], tuple[Record, bool]]] = deque()
+        stopping, started = False, time.perf_counter()
+        for step in range(first, config.steps):
+            unread.append(self._update(forward_backward(step), step, stop.asked))
+            last = step + 1 == config.steps
+            saving = last or (step + 1) % config.save_every == 0
+            while len(unread) > (0 if saving else BEHIND.get(self.accelerator.device.type, 0)):
+                record, asked = unread.popleft()()
+                stop.asked = stop.asked or asked
+                stopping = (stopping or asked) and not last
+                saving = saving or stopping
+                seconds = time.perf_counter() - started
+                yield Taken(record | {"seconds": seconds}, saving and not unread, stopping)
+                started = time.perf_counter()
+            if stopping:
+                return
+
+    def _update(self, terms: Mapping[str, Tensor], step: int, stop: bool) -> Callable[[], tuple[Record, bool]]:
+        """Queue the rest of a step; what is returned waits for its numbers, and says whether any process is to stop."""
+        norm = nn.utils.clip_grad_norm_(self.task.parameters(), self.clip_norm)
+        numbers = torch.stack([*terms.values(), norm, norm.new_full((), float(stop))]).detach()
+        numbers = self.accelerator.reduce(numbers, "mean")
+        self.spoilt.masked_fill_(~numbers.isfinite().all(), 1.0)
+        arrived = copied(numbers)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * self.rate(step)
+        self.optimizer.found_inf = self.spoilt  # type: ignore[attr-defined]  # as torch.amp.GradScaler hands it over
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.averaged is not None:
+            new = 1 - self.ema if step else 1.0
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), new)
+
+        def read() -> tuple[Record, bool]:
+            *values, gradient, asked = arrived()
+            loss = sum(values)
+            if not (math.isfinite(loss) and math.isfinite(gradient)):
+                raise TrainingError(
+                    f"loss became {loss} and its gradient {gradient} at step {step + 1}",
+                    "the checkpoints are from before and good; lower the learning rate",
+                )
+            by_name = dict(zip(terms, values, strict=True))
+            return {"step": step + 1, "loss": loss} | by_name | {"gradient": gradient}, asked > 0
+
+        return read
+
+    def snapshot(self) -> dict[str, Tensors]:
+        """Everything that a run goes on from; learning rate, data and draws are functions of the step."""
+        moments = {
+            f"{index}.{key}": value
+            for index, values in self.optimizer.state_dict()["state"].items()
+            for key, value in values.items()
+        }
+        parts: dict[str, Tensors] = {"model": self.model.state_dict(), "optimizer": moments}
+        return parts if self.averaged is None else parts | {"ema": self.averaged.state_dict()}
+
+    def restore(self, state: State | None, items_a_step: int) -> int:
+        """Put a checkpoint back; return its step, 0 without one.
+
+        Raises: ArgumentError if its steps took another number of pairs or patches.
+        """
+        if state is None:
+            return 0
+        if state.pairs_a_step != items_a_step:
+            raise ArgumentError(
+                f"the run took {state.pairs_a_step} pairs a step, these processes take {items_a_step}",
+                "keep processes x batch_size x accumulate the same, so that the order of the data is",
+            )
+        self.model.load_state_dict(state.tensors["model"])
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in state.tensors["optimizer"].items():
+            index, key = name.split(".", 1)
+            like = parameters[int(index)] if tensor.ndim else tensor  # a fused step takes the layout to be the same
+            moments.setdefault(int(index), {})[key] = torch.empty_like(like).copy_(tensor)
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state.tensors["ema"])
+        return state.step
+
+
+def copied(numbers: Tensor) -> Callable[[], list[float]]:
+    """Start a copy of a tensor to the host; what is returned waits for that, but not for what was queued since."""
+    if not numbers.is_cuda:
+        return numbers.tolist
+    host = numbers.to("cpu", non_blocking=True)  # into pinned memory
+    done = torch.cuda.Event()
+    done.record()
+
+    def arrived() -> list[float]:
+        done.synchronize()
+        return host.tolist()
+
+    return arrived
+
+
+def schedule(step: int, steps: int, warmup_steps: int) -> float:
+    """The share of its peak that a learning rate has: linear warm-up, and a cosine to zero."""
+    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    return warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+# --- Processes ----------------------------------------------------------------------------------------------
+
+
+def make_accelerator(device: str) -> Any:
+    """Processes and device; the data are dealt out by number, so accelerate only carries model and gradients."""
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedType
+    except ImportError:
+        raise ArgumentError("training needs accelerate", "pip install gvsl-zoo[train]") from None
+    if device not in ("auto", "cpu", "cuda"):
+        raise ArgumentError(f"device {device!r} for a run", "give auto, cpu or cuda; torchrun deals out several")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError("this machine has no CUDA device", "give auto or cpu")
+    accelerator = Accelerator(cpu=device == "cpu" or not torch.accelerator.is_available())
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ArgumentError(
+            f"accelerate is to shard the model ({accelerator.distributed_type.value}), and a run cannot",
+            "start it with torchrun, or without sharding in accelerate's configuration",
+        )
+    return accelerator
+
+
+def drawn(
+    items: Dataset[Item], numbers: Numbers, workers: int, device: torch.device
+) -> Generator[tuple[list[int], list[Item]], None, None]:
+    """The items of a process, a list a forward pass, with their numbers, drawn ahead by `workers` processes.
+
+    These live until it is closed, whatever signals reach them.
+    """
+    ended = RawValue("b", 0)
+    loader = DataLoader(
+        items,
+        batch_sampler=numbers,
+        num_workers=workers,
+        collate_fn=list,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=partial(outlast_signals, ended),
+    )
+    batches = zip(numbers, loader, strict=True)
+    try:
+        yield from batches
+    finally:
+        ended.value = 1  # before the loader goes, and terminates those that are late
+
+
+def outlast_signals(ended: Any, _worker: int) -> None:
+    """Let a worker leave signals to the run: one that died of a SIGTERM to all processes would take the run with it.
+
+    Once `ended` is 1, SIGTERM ends it: so the loader and Python's exit get rid of a worker that does not listen. One
+    whose run was killed sees that by itself, within seconds.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ended.value else None)
+
+
+@dataclass
+class Stop:
+    """Whether the run is to save and end, and the exit code that says by which signal."""
+
+    asked: bool = False
+    code: int = 128 + signal.SIGTERM  # also where another process received it
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Notes SIGTERM, as Slurm, Kubernetes and torchrun send it before they kill, and the first SIGINT (Ctrl-C).
+
+    The second SIGINT is a KeyboardInterrupt again.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def note(number: int, _frame: Any) -> None:
+        stop.asked, stop.code = True, 128 + number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
