@@ -51,6 +51,7 @@ def model_card(entry: ModelEntry, repo: str | None = None) -> str:
         f"# {entry.name}\n\n{entry.summary}",
         f"Research use only: not a medical device.\n\n{_usage(entry, repo)}",
         f"## Input\n\n{_input(entry)}",
+        *([f"## Labels\n\n{_labels(entry)}"] if entry.labels else []),
         f"## Model\n\n{_model(entry)}",
         f"## Training\n\n{_training(entry)}",
         f"## Evaluation\n\n{_evaluation(entry)}",
@@ -81,7 +82,7 @@ def _metadata(entry: ModelEntry) -> str:
         license=licence if licence in HUB_LICENCES else "other",
         license_name=None if licence in HUB_LICENCES else "see-LICENSE",
         library_name=LIBRARY,
-        pipeline_tag="image-feature-extraction",
+        pipeline_tag=TASK_TYPES.get(entry.trained_head or "", "image-feature-extraction"),
         tags=["medical-imaging", f"{entry.ndim}d", entry.modality, entry.objective, entry.architecture],
         model_name=entry.name if results else None,
         eval_results=results or None,
@@ -93,7 +94,9 @@ def _usage(entry: ModelEntry, repo: str | None) -> str:
     source = f"hf-hub:{repo}" if repo else "path/to/this/folder"
     films = f"net(image)  # (B, {entry.config.get('in_chans', 1)}, H, W), in [0, 1]"
     call = 'net(net.preprocess("scan.nii.gz"))' if entry.ndim == 3 else films
-    return f'```python\nfrom gvsl_zoo import load\n\nnet = load("{source}")\nfeatures = {call}\n```'
+    task = f', task="{entry.trained_head}"' if entry.trained_head else ""
+    result = "logits" if entry.trained_head else "features"
+    return f'```python\nfrom gvsl_zoo import load\n\nnet = load("{source}"{task})\n{result} = {call}\n```'
 
 
 def _input(entry: ModelEntry) -> str:
@@ -103,11 +106,18 @@ def _input(entry: ModelEntry) -> str:
         rows.append(f"- spacing: {' x '.join(f'{mm:g}' for mm in given.spacing_mm)} mm")
     if given.size:
         rows.append(f"- size: {' x '.join(map(str, given.size))}")
+    if given.window:
+        rows.append(f"- window: {' x '.join(map(str, given.window))} voxels at once, as in training")
     low, high = ("the image's own extreme" if end is None else f"{end:g}" for end in unit.window)
     rows.append(
         f"- intensity: {unit.unit}, clipped to {low} .. {high}, mapped to {unit.scale[0]:g} .. {unit.scale[1]:g}"
     )
     return "\n".join(rows)
+
+
+def _labels(entry: ModelEntry) -> str:
+    rows = ["| channel | name | value in label files |", "|---|---|---|"]
+    return "\n".join(rows + [f"| {i} | {label.name} | {label.value} |" for i, label in enumerate(entry.labels)])
 
 
 def _model(entry: ModelEntry) -> str:

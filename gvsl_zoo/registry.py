@@ -26,6 +26,7 @@ FILE_NAME = "weights_registry.yaml"
 HOSTS = ("arxiv.org", "doi.org", "github.com", "huggingface.co")  # the only hosts that a text may link to
 NDIMS, MODALITIES = (2, 3), ("CT", "MR", "X-ray")
 TASKS = ("backbone", "segmentation", "classification", "registration", "pretraining")
+TRAINED_HEADS = ("segmentation", "classification")
 OBJECTIVE_HEADS = {
     "gvsl": {"affine", "deformable", "restoration"},
     "gemini": {"deformer", "restoration"},
@@ -76,6 +77,12 @@ def _count(number: int) -> int:
     return number
 
 
+def _byte(number: int) -> int:
+    if not 0 <= number <= 255:
+        raise ValueError(f"expected 0 to 255, got {number}")
+    return number
+
+
 Name = Annotated[str, _pattern("[a-z0-9]+([-._][a-z0-9]+)*", "a lower-case name such as gvsl-unet-ct"), _plain]
 Word = Annotated[str, _pattern("[a-z][a-z0-9_-]*", "one lower-case word")]
 Sha256 = Annotated[str, _pattern("[0-9a-f]{64}", "a sha256 of 64 hexadecimal digits", str.lower)]
@@ -84,7 +91,8 @@ Repo = Annotated[str, _pattern("[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0
 DriveId = Annotated[str, _pattern("[A-Za-z0-9_-]{10,100}", "a Google Drive file id")]
 Orientation = Annotated[str, _pattern("[RL][AP][SI]", "axis codes such as RAS")]
 Count = Annotated[int, _count]
-Head = Literal["affine", "deformable", "deformer", "restoration"]
+Byte = Annotated[int, _byte]
+Head = Literal["affine", "deformable", "deformer", "restoration", "segmentation", "classification"]
 Status = Literal["available", "upstream", "planned"]
 ConfigValue = Any  # int, float, bool, str, None or a tuple of these
 
@@ -135,7 +143,7 @@ class Intensity:
 
 @dataclass(frozen=True)
 class Input:
-    """What the tensors expect; spacing_mm and size are in the order of `axes`, None leaves the image's own.
+    """What the tensors expect; spacing_mm, size and window are in the order of `axes`, None leaves the image's own.
 
     `orientation` names the directions of x, y, z (RAS: to the right, the front, the head).
     """
@@ -144,12 +152,22 @@ class Input:
     intensity: Intensity
     spacing_mm: tuple[float, ...] | None = None
     size: tuple[int, ...] | None = None  # voxels; for films, which have no millimetres
+    window: tuple[int, ...] | None = None  # voxels seen at once in training, and best in use
     orientation: Orientation | None = None
 
     def __post_init__(self) -> None:
-        for given in (self.spacing_mm, self.size):
+        for given in (self.spacing_mm, self.size, self.window):
             if given is not None and (len(given) != len(self.axes) or min(given) <= 0):
                 raise ValueError(f"expected {len(self.axes)} positive numbers (axes {self.axes}), got {list(given)}")
+
+
+@dataclass(frozen=True)
+class Label:
+    """A class of a trained head: its name, its value in label files, and the colour that it is drawn in (RGB)."""
+
+    name: str
+    value: Count
+    colour: tuple[Byte, Byte, Byte] | None = None
 
 
 @dataclass(frozen=True)
@@ -206,6 +224,7 @@ class ModelEntry:
     parameters: Count
     input: Input
     heads: tuple[Head, ...] = ()
+    labels: tuple[Label, ...] = ()  # the classes of a trained head, in the order of its channels
     sources: tuple[Source, ...] = ()
     licence: Licence
     citation: str
@@ -217,6 +236,18 @@ class ModelEntry:
     def __post_init__(self) -> None:
         if self.config.get("ndim", self.ndim) != self.ndim or len(self.input.axes) != self.ndim:
             raise ValueError(f"ndim {self.ndim} does not agree with config.ndim or input.axes")
+        if self.trained_head and len(self.heads) > 1:
+            raise ValueError(f"a trained {self.trained_head} head stands alone, got {', '.join(self.heads)}")
+        if bool(self.labels) != bool(self.trained_head):
+            raise ValueError("a trained head has labels, and nothing else has")
+        for what in ("name", "value"):
+            if len({getattr(label, what) for label in self.labels}) < len(self.labels):
+                raise ValueError(f"two labels have one {what}")
+
+    @property
+    def trained_head(self) -> str | None:
+        """The task whose trained head lies in the file beside the backbone, if there is one."""
+        return next((head for head in self.heads if head in TRAINED_HEADS), None)
 
     @property
     def tasks(self) -> tuple[str, ...]:

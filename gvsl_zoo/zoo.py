@@ -37,6 +37,7 @@ from .weights import (
 
 HEADED: dict[str, type[HeadedModel]] = {"segmentation": SegmentationModel, "classification": ClassificationModel}
 WHOLE_MODULE = "unet."  # prefix of the backbone's tensors in a file that holds the pre-training heads too
+BESIDE_HEAD = "backbone."  # the same in a file that holds a trained head
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,9 @@ def load(
     Args:
         name: a name of the registry (see `list_models`); `hf-hub:org/repo` or `hf-hub:org/repo@revision`; or the path
             of a `.safetensors` file or of a folder with `model.safetensors`, as `save_pretrained` writes them.
-        task: "backbone" (dense features), "segmentation" or "classification" (a fresh head for `num_classes`),
-            "registration" or "pretraining" (the whole module with all its heads).
+        task: "backbone" (dense features), "segmentation" or "classification" (a fresh head for `num_classes`, or
+            without it the trained one of the file, with the classes `entry.labels`), "registration" or "pretraining"
+            (the whole module with all its heads).
         in_chans: image channels; other than 1, the first convolution is spread over them so that copies of one
             channel give the response of that channel.
         features_only: return a list of feature maps instead, finest first; `out_indices` selects levels.
@@ -104,11 +106,13 @@ def load(
     Raises: RegistryError for an unknown name, SourceError for bytes that cannot be had, WeightsError for bytes that
         do not fit (before any parameter is touched), ArgumentError for arguments that do not.
     """
-    _check_arguments(task, num_classes, features_only, out_indices)
+    _check_arguments(task, features_only, out_indices)
     if dtype is not None and not dtype.is_floating_point:
         raise ArgumentError(f"dtype {dtype}", "parameters are floating-point numbers: float32, float16 or bfloat16")
     device = resolve_device(device)
-    entry, file, sha256 = _find(name, task, pretrained, revision, Access(cache_dir, local_files_only, token))
+    entry, file, sha256 = _find(
+        name, task, num_classes, pretrained, revision, Access(cache_dir, local_files_only, token)
+    )
     features = tuple(map(int, out_indices if out_indices is not None else ())) if features_only else None
     chans = entry.config.get("in_chans", 1) if in_chans is None else in_chans
     building = "meta" if pretrained else None
@@ -116,7 +120,9 @@ def load(
     if file is None:
         report = LoadReport("random initialisation", None, 0, (), tuple(model.state_dict()), None)
     else:
-        report = _fill(model, file, sha256)
+        report = _fill(model, file, sha256, trained=task == entry.trained_head and num_classes is None)
+    if num_classes is not None and entry.labels:  # the file's labels are not those of the new head
+        entry = replace(entry, heads=(), labels=())
     if frozen:
         _backbone(model).freeze()
     model.eval()
@@ -140,15 +146,9 @@ def resolve_device(device: torch.device | str) -> torch.device:
     return wanted
 
 
-def _check_arguments(
-    task: str, num_classes: int | None, features_only: bool, out_indices: Sequence[int] | None
-) -> None:
+def _check_arguments(task: str, features_only: bool, out_indices: Sequence[int] | None) -> None:
     if task not in TASKS:
         raise ArgumentError(f"unknown task {task!r}", f"choose from {', '.join(TASKS)}")
-    if (num_classes is not None) != (task in HEADED):
-        raise ArgumentError(
-            f"task {task!r} with num_classes={num_classes}", "segmentation and classification need it, others refuse it"
-        )
     if features_only and task != "backbone":
         raise ArgumentError(f"features_only with task {task!r}", "feature lists come from the backbone alone")
     if out_indices is not None and not features_only:
@@ -164,8 +164,20 @@ def _check_task(entry: ModelEntry, task: str) -> None:
         )
 
 
+def _check_classes(entry: ModelEntry, task: str, num_classes: int | None) -> None:
+    if (num_classes is not None) != (task in HEADED) and not (num_classes is None and task == entry.trained_head):
+        raise ArgumentError(
+            f"task {task!r} with num_classes={num_classes}", "segmentation and classification need it, others refuse it"
+        )
+
+
 def _find(
-    name: str | os.PathLike[str], task: str, pretrained: bool, revision: str | None, access: Access
+    name: str | os.PathLike[str],
+    task: str,
+    num_classes: int | None,
+    pretrained: bool,
+    revision: str | None,
+    access: Access,
 ) -> tuple[ModelEntry, WeightsFile | None, str | None]:
     """The entry, which serves the task, its opened and checked file, and the file's sha256."""
     text = os.fspath(name)
@@ -178,9 +190,11 @@ def _find(
         else:
             file, sha256 = sources.open_path(Path(text))
         entry = entry_of(file)
+        _check_classes(entry, task, num_classes)
         _check_task(entry, task)
         return (entry, file, sha256) if pretrained else (entry, None, None)
     entry = model_info(text)
+    _check_classes(entry, task, num_classes)
     if not pretrained or entry.status != "upstream":
         _check_task(entry, task)
     if not pretrained:
@@ -225,9 +239,10 @@ def build(
 ) -> nn.Module:
     """The module of an entry for a task, untrained; on the meta device without any values.
 
+    num_classes: of a fresh head; without it a task that the entry has a trained head for gets that one's shape.
     features: levels of a feature list (empty: the encoder's), or None for a whole backbone.
     """
-    if entry.architecture != "unet" or entry.objective not in ("gvsl", "gemini", "restoration"):
+    if entry.architecture != "unet" or entry.objective not in ("gvsl", "gemini", "restoration", "supervised"):
         raise ArgumentError(
             f"{entry.name} is a {entry.architecture} with the objective {entry.objective}, which this version lacks",
             "see gvsl_zoo.list_models(available=True)",
@@ -236,14 +251,14 @@ def build(
     if task in ("registration", "pretraining") and entry.objective != "gvsl":
         raise ArgumentError(f"{entry.name}: this version lacks the heads of {entry.objective}", "load the backbone")
     affine_width = config.pop("affine_width", None)
-    levels = () if task == "classification" else features
+    levels = () if task == "classification" and num_classes is not None else features
     decoder = levels is None or any(i >= UNet.encoder_levels for i in levels)
     backbone = UNet(**config, in_chans=in_chans, decoder=decoder, device=device)
     if features is not None:
         return FeatureList(backbone, features or None)
     if task in HEADED:
-        assert num_classes is not None
-        return HEADED[task](backbone, num_classes, device=device)
+        classes = len(entry.labels) if num_classes is None else num_classes
+        return HEADED[task](backbone, classes, device=device)
     if task in ("registration", "pretraining"):
         return GVSL(backbone, affine_width=affine_width, device=device)
     return backbone
@@ -255,23 +270,24 @@ def _backbone(model: nn.Module) -> Backbone:
     return backbone
 
 
-def _fill(model: nn.Module, file: WeightsFile, sha256: str | None) -> LoadReport:
-    """Put the file's tensors into a module on the meta device, and draw what no file holds: a new head."""
-    target: nn.Module = model if isinstance(model, GVSL) else _backbone(model)
-    whole = any(name.startswith(WHOLE_MODULE) for name in file.slots)
-    if isinstance(target, GVSL):
-        names = {name if whole else WHOLE_MODULE + name: name for name in file.slots}
-    else:
-        names = {
-            name.removeprefix(WHOLE_MODULE): name for name in file.slots if name.startswith(WHOLE_MODULE) or not whole
-        }
+def _fill(model: nn.Module, file: WeightsFile, sha256: str | None, *, trained: bool = False) -> LoadReport:
+    """Put the file's tensors into a module on the meta device, and draw what no file holds: a new head.
+
+    trained: the head is the file's.
+    """
+    target: nn.Module = model if isinstance(model, GVSL) or trained else _backbone(model)
+    ours = WHOLE_MODULE if isinstance(target, GVSL) else BESIDE_HEAD if trained else ""
+    theirs = next((p for p in (WHOLE_MODULE, BESIDE_HEAD) if any(name.startswith(p) for name in file.slots)), "")
+    names = {ours + name.removeprefix(theirs): name for name in file.slots if name.startswith(theirs)}
+    if ours:  # the heads keep their names
+        names |= {name: name for name in file.slots if theirs and not name.startswith(theirs)}
     if not _backbone(model).has_decoder:
-        names = {ours: names[ours] for ours in target.state_dict().keys() & names.keys()}
-    tensors = {ours: file.tensor(theirs) for ours, theirs in names.items()}
-    _spread_channels(tensors, _backbone(model), WHOLE_MODULE if isinstance(target, GVSL) else "")
+        names = {name: names[name] for name in target.state_dict().keys() & names.keys()}
+    tensors = {name: file.tensor(slot) for name, slot in names.items()}
+    _spread_channels(tensors, _backbone(model), ours)
     assign(target, tensors, str(file.path))
     fresh: tuple[str, ...] = ()
-    if isinstance(model, HeadedModel):
+    if isinstance(model, HeadedModel) and not trained:
         model.reset_head(model.num_classes)
         fresh = tuple(f"head.{name}" for name in model.head.state_dict())
     unused = tuple(sorted(set(file.slots) - set(names.values())))
@@ -284,11 +300,13 @@ def check_fit(entry: ModelEntry, file: WeightsFile) -> LoadReport:
 
     Raises: WeightsError listing what is missing, left over or misshapen.
     """
-    return _fill(build(entry, widest_task(entry), device="meta"), file, None)
+    return _fill(build(entry, widest_task(entry), device="meta"), file, None, trained=entry.trained_head is not None)
 
 
 def widest_task(entry: ModelEntry) -> str:
     """The task whose module holds most of an entry's tensors."""
+    if entry.trained_head:
+        return entry.trained_head
     return "pretraining" if "pretraining" in entry.tasks and entry.objective == "gvsl" else "backbone"
 
 
@@ -348,13 +366,14 @@ def save_pretrained(
     entry: ModelEntry | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write a backbone or a whole module as a folder that `load` opens and the Hub understands.
+    """Write a backbone, a whole module or a trained head as a folder that `load` opens and the Hub understands.
 
     `model.safetensors` with its entry inside, `config.json`, `preprocessor_config.json`, the card as `README.md`, and
     `LICENSE`. Where the weights are no longer those that were loaded, the entry says so and drops what was measured.
 
     Args:
-        entry: default the one that the model was loaded with.
+        entry: default the one that the model was loaded with; that of a head of your own training needs `heads` and
+            `labels`.
         dtype: of the stored tensors; float16 halves the file.
 
     Returns: the path of the weights, written whole or not at all.
@@ -366,11 +385,13 @@ def _save(
     model: nn.Module, folder: Path, entry: ModelEntry | None, dtype: torch.dtype, repo: str | None
 ) -> tuple[Path, ModelEntry]:
     given, entry = entry, entry or getattr(model, "entry", None)
-    if entry is None or not isinstance(model, Backbone | GVSL):
+    if entry is None or not isinstance(model, Backbone | GVSL | HeadedModel):
         raise ArgumentError(
             f"a {type(model).__name__} {'without an entry ' if entry is None else ''}cannot be saved",
-            "save a backbone or a whole module, with entry=",
+            "save a backbone, a whole module or a trained head, with entry=",
         )
+    if isinstance(model, HeadedModel):
+        _check_head(model, entry)
     path = folder / WEIGHTS_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -386,7 +407,7 @@ def _save(
     if given is None and not _as_loaded(model):
         entry = _changed(entry)
     if isinstance(model, Backbone):
-        entry = replace(entry, heads=())
+        entry = replace(entry, heads=(), labels=())
     entry = replace(entry, parameters=sum(tensor.numel() for tensor in tensors.values()))
     try:
         for name, text in card_files(entry, repo).items():
@@ -395,6 +416,20 @@ def _save(
     except OSError as error:
         raise WeightsError(f"cannot write to {folder}: {error.strerror}", "free space, or choose another") from None
     return path, entry
+
+
+def _check_head(model: HeadedModel, entry: ModelEntry) -> None:
+    task = next((task for task, kind in HEADED.items() if isinstance(model, kind)), None)
+    if task is None or task != entry.trained_head or len(entry.labels) != model.num_classes:
+        raise ArgumentError(
+            f"a {type(model).__name__} whose {model.num_classes} classes have no names cannot be saved",
+            f"give entry=replace(model.entry, heads=({task!r},), labels=(Label(name, value), ...))",
+        )
+    if not model.backbone.has_decoder:
+        raise ArgumentError(
+            f"a {type(model).__name__} without its backbone's decoder cannot be saved",
+            "make it as ClassificationModel(load(name), num_classes), from a whole backbone",
+        )
 
 
 def _as_loaded(model: nn.Module) -> bool:
@@ -407,13 +442,18 @@ def _as_loaded(model: nn.Module) -> bool:
         check_content(file, report.sha256)
     except WeightsError:  # it went away or changed since
         return False
-    names = {name.removeprefix(WHOLE_MODULE): name for name in file.slots}
+    names = {_own_name(name): name for name in file.slots}
     return all(
-        (own := names.get(name.removeprefix(WHOLE_MODULE))) is not None
+        (own := names.get(_own_name(name))) is not None
         and file.slots[own].shape == tuple(tensor.shape)
         and torch.equal(file.tensor(own).to(tensor.dtype), tensor.cpu())
         for name, tensor in model.state_dict().items()
     )
+
+
+def _own_name(name: str) -> str:
+    """A tensor's name in the backbone itself; that of a head stays."""
+    return name.removeprefix(WHOLE_MODULE).removeprefix(BESIDE_HEAD)
 
 
 def _changed(entry: ModelEntry) -> ModelEntry:

@@ -15,7 +15,7 @@ import pytest
 
 from gvsl_zoo import registry
 from gvsl_zoo.errors import ArgumentError, RegistryError
-from gvsl_zoo.registry import ModelEntry, list_models, model_info, register_registry
+from gvsl_zoo.registry import Label, ModelEntry, list_models, model_info, register_registry
 
 SHA = "ab" * 32
 REVISION = "0123456789" * 4
@@ -345,6 +345,36 @@ def test_a_filter_that_nothing_can_fit_is_a_wrong_call(wrong):
 def test_the_heads_say_which_tasks_a_file_serves(write, heads, tasks):
     register_registry(write(MINE.replace("[restoration]", heads)))
     assert model_info("my-unet").tasks == ("backbone", "segmentation", "classification", *tasks)
+
+
+LABELLED = (
+    "heads: [segmentation]\n    labels: [{name: background, value: 0}, {name: lung, value: 3, colour: [9, 99, 255]}]"
+)
+
+
+def test_a_trained_head_has_its_labels_in_the_order_of_its_channels(write):
+    register_registry(write(MINE.replace("heads: [restoration]", LABELLED)))
+    entry = model_info("my-unet")
+    assert entry.labels == (Label("background", 0), Label("lung", 3, (9, 99, 255)))
+    assert entry.trained_head == "segmentation" and entry.tasks == ("backbone", "segmentation", "classification")
+    assert ModelEntry.from_dict(entry.to_dict()) == entry
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        ("heads: [segmentation]", "heads: [segmentation, affine]", "a trained segmentation head stands alone, got seg"),
+        ("heads: [segmentation]", "heads: [restoration]", "a trained head has labels, and nothing else has"),
+        ("labels: [{", "limits: '[{", "a trained head has labels"),
+        ("value: 3", "value: 0", "two labels have one value"),
+        ("name: lung", "name: background", "two labels have one name"),
+        ("255]", "256]", r"labels\[1\]\.colour\[2\]: expected 0 to 255, got 256"),
+    ],
+)
+def test_labels_that_do_not_belong_to_a_head_are_refused(write, old, new, match):
+    text = MINE.replace("heads: [restoration]", LABELLED).replace(old, new)
+    with pytest.raises(RegistryError, match=match):
+        register_registry(write(text.replace("255]}]", "255]}]'") if "limits" in new else text))
 
 
 @pytest.mark.parametrize(

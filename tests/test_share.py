@@ -625,8 +625,8 @@ def nano():
 @pytest.mark.parametrize(
     ("make", "settings", "error", "match"),
     [
-        (headed, {}, ArgumentError, "a SegmentationModel cannot be saved; save a backbone or a whole module"),
-        (feature_list, {}, ArgumentError, "a FeatureList cannot be saved; save a backbone or a whole module"),
+        (headed, {}, ArgumentError, "a SegmentationModel whose 2 classes have no names cannot be saved"),
+        (feature_list, {}, ArgumentError, "a FeatureList cannot be saved; save a backbone, a whole module or a trained head"),
         (without_an_entry, {}, ArgumentError, "a UNet without an entry cannot be saved; .*entry="),
         (of_the_authors, {}, ArgumentError, "gvsl-unet-ct is its authors' and not for us to publish .none stated"),
         (not_finite, {}, WeightsError, "holds NaN or Inf as torch.float32; do not save this model"),

@@ -22,15 +22,16 @@ from formula import assert_as_recorded, image, recorded
 from torch import nn
 
 from gvsl_zoo import registry, sources
+from gvsl_zoo.doctor import verify
 from gvsl_zoo.errors import ArgumentError, RegistryError, SourceError, WeightsError
 from gvsl_zoo.models.backbone import Backbone, FeatureList
 from gvsl_zoo.models.gvsl import GVSL
 from gvsl_zoo.models.heads import ClassificationModel, SegmentationModel
 from gvsl_zoo.models.unet import UNet
-from gvsl_zoo.registry import model_info, register_registry
+from gvsl_zoo.registry import Label, model_info, register_registry
 from gvsl_zoo.volume import Volume, write_volume
 from gvsl_zoo.weights import METADATA_KEY, open_weights, write_weights
-from gvsl_zoo.zoo import load, preprocessing, save_pretrained
+from gvsl_zoo.zoo import HEADED, load, preprocessing, save_pretrained
 
 NANO = "gvsl-unet-ct-nano"
 WIDTH = model_info(NANO).config["width"]
@@ -573,9 +574,79 @@ def test_what_cannot_be_loaded_back_is_not_saved(what, tmp_path):
         "features": lambda: load(NANO, features_only=True),
         "no_entry": lambda: UNet(width=8),
     }[what]()
-    with pytest.raises(ArgumentError, match=f"a {type(model).__name__} .*cannot be saved; save a backbone or a whole"):
+    with pytest.raises(
+        ArgumentError, match=f"a {type(model).__name__} .*cannot be saved; (save a backbone|give entry=)"
+    ):
         save_pretrained(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+LABELS = (Label("background", 0), Label("lung", 3, (9, 99, 255)))
+
+
+def headed(task):
+    """A model with a head of two named classes, and its entry."""
+    model = HEADED[task](load(NANO), 2, generator=torch.Generator().manual_seed(0)).eval()
+    return model, replace(model_info(NANO), objective="supervised", heads=(task,), labels=LABELS)
+
+
+@pytest.mark.parametrize("task", ["segmentation", "classification"])
+def test_a_trained_head_is_saved_with_its_labels_and_loads_back_equal(task, tmp_path):
+    model, entry = headed(task)
+    path = save_pretrained(model, tmp_path, entry=entry)
+    back, x = load(tmp_path, task=task), noise(1, 1, 16, 16, 16)
+    assert same_state(back, model) and torch.equal(outputs(back, x)[0], outputs(model, x)[0])
+    assert back.entry.labels == LABELS and not back.load_report.fresh and not back.load_report.unused
+    again = save_pretrained(back, tmp_path / "again")
+    assert open_weights(again).metadata == open_weights(path).metadata and same_state(load(again, task=task), model)
+    assert [check.verdict for check in verify(str(path))] == ["PASS"]
+    card = (tmp_path / "README.md").read_text()
+    assert f'task="{task}"' in card and "| 1 | lung | 3 |" in card and f"pipeline_tag: image-{task}" in card
+
+
+@pytest.mark.parametrize("settings", TASKS.values(), ids=TASKS)
+def test_beside_a_trained_head_lies_a_backbone_for_every_other_task(settings, tmp_path):
+    model, entry = headed("segmentation")
+    save_pretrained(model, tmp_path, entry=entry)
+    if settings.get("task") in ("registration", "pretraining"):
+        with pytest.raises(
+            ArgumentError, match="its weights hold segmentation beside the backbone; it serves backbone"
+        ):
+            load(tmp_path, **settings)
+        return
+    assert same_state(seeded(tmp_path, **settings), seeded(NANO, **settings))
+
+
+def test_a_new_head_does_not_go_by_the_labels_of_the_old_one(tmp_path):
+    model, entry = headed("segmentation")
+    save_pretrained(model, tmp_path / "a", entry=entry)
+    fresh = load(tmp_path / "a", task="segmentation", num_classes=2)
+    assert fresh.entry.labels == () and not torch.equal(fresh.head.weight, model.head.weight)
+    with pytest.raises(ArgumentError, match="whose 2 classes have no names cannot be saved; give entry="):
+        save_pretrained(fresh, tmp_path / "b")
+    with pytest.raises(ArgumentError, match="'classification' with num_classes=None"):
+        load(tmp_path / "a", task="classification")
+
+
+def test_of_a_trained_model_the_backbone_alone_has_no_labels(tmp_path):
+    model, entry = headed("segmentation")
+    save_pretrained(model, tmp_path / "a", entry=entry)
+    save_pretrained(load(tmp_path / "a"), tmp_path / "b")
+    back = load(tmp_path / "b")
+    assert same_state(back, model.backbone) and back.entry.heads == back.entry.labels == ()
+
+
+def test_a_head_without_the_decoder_of_its_backbone_is_not_saved(tmp_path):
+    model, entry = load(NANO, task="classification", num_classes=2), headed("classification")[1]
+    with pytest.raises(ArgumentError, match=r"without its backbone's decoder cannot be saved; make it as Classif"):
+        save_pretrained(model, tmp_path, entry=entry)
+
+
+def test_without_pretraining_a_trained_model_gives_its_shape(tmp_path):
+    model, entry = headed("segmentation")
+    save_pretrained(model, tmp_path, entry=entry)
+    scratch = load(tmp_path, task="segmentation", pretrained=False)
+    assert scratch.num_classes == 2 and not torch.equal(scratch.head.weight, model.head.weight)
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):

@@ -96,7 +96,7 @@ def initialise(module: nn.Module, generator: torch.Generator | None = None) -> N
 def pad_to_multiple(x: Tensor, multiple: int) -> tuple[Tensor, list[int]]:
     """Zero-pad the spatial axes symmetrically, the smaller half first; also return the offsets in front."""
     missing = [(multiple - size % multiple) % multiple for size in x.shape[2:]]
-    if not any(missing):
+    if not (torch.compiler.is_exporting() or any(missing)):  # an exported graph takes every size
         return x, [0] * len(missing)
     front = [m // 2 for m in missing]
     sides = [s for m, f in zip(reversed(missing), reversed(front), strict=True) for s in (f, m - f)]
@@ -105,6 +105,9 @@ def pad_to_multiple(x: Tensor, multiple: int) -> tuple[Tensor, list[int]]:
 
 def crop(x: Tensor, start: Sequence[int], shape: Sequence[int]) -> Tensor:
     """The box of `shape` at `start` of the spatial axes."""
+    if torch.compiler.is_exporting():  # comparing sizes would fix them
+        ends = [first + size - given for first, size, given in zip(start, shape, x.shape[2:], strict=True)]
+        return F.pad(x, [s for first, end in zip(reversed(start), reversed(ends), strict=True) for s in (-first, end)])
     for axis, (first, size) in enumerate(zip(start, shape, strict=True), start=2):
         if x.shape[axis] != size:
             x = x.narrow(axis, first, size)
@@ -182,7 +185,8 @@ class Backbone(nn.Module):
         out = []
         for i in wanted:
             step = self.levels[i].reduction
-            out.append(crop(maps[i], [f // step for f in front], [-(-s // step) for s in x.shape[2:]]))
+            shape = [(s + step - 1) // step for s in x.shape[2:]]  # in an ONNX file -(-s // step) would round down
+            out.append(crop(maps[i], [f // step for f in front], shape))
         return out
 
     # -- how it is trained ---------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from .backbone import CONV, Backbone, Linear, initialise
 
 
 class HeadedModel(nn.Module):
-    """A backbone with a fresh head that gives `num_classes` numbers."""
+    """A backbone with a head, freshly drawn, that gives `num_classes` numbers."""
 
     def __init__(
         self,

@@ -1,0 +1,427 @@
+"""Does it help? Zoo weights against scratch on a task of your own, at several numbers of labelled subjects.
+
+OUT/
+    settings.json        what all trainings have in common
+    cells/NAME.json      one training: on which cases, and the score of every test case
+    results.json         every number, the comparisons and the verdicts
+    curves.png           the learning curves
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ArgumentError, TrainingError
+from ..inference.features import WINDOW, device_of
+from ..inference.segment import prepare_channels, segment
+from ..inference.sliding import evaluate, sliding_window
+from ..report import bench_picture
+from ..volume import Prepared, Volume
+from ..weights import write_whole
+from ..zoo import load
+from .cases import Case, Cases, read_labels, split_cases
+from .config import FinetuneConfig
+from .data import Cache, middle_box, prepare_cases
+from .evaluate import check_grids
+from .finetune import build, finetune, frozen_features
+from .statistics import compare, holm
+
+COUNTS = (1, 3, 5, 10)
+SEEDS = 3
+MODES = ("full", "linear")
+SCRATCH = "scratch"
+TEST_SHARE = 0.25  # of the subjects, where the data hold none out
+OVERLAP = 0.25  # of windows, in the test
+SURE = 0.05
+STATISTICS = (
+    "difference +- half of its 95 % interval, and p of the paired test, over seeds x test cases, both random and "
+    "crossed (two-way mean squares, Satterthwaite; never narrower than Student's over either alone); a verdict needs "
+    f"p < {SURE} after Holm's correction for the number of comparisons"
+)
+METRIC = {"segmentation": "Dice", "classification": "accuracy"}
+CELLS, SETTINGS, RESULTS, CURVES = "cells", "settings.json", "results.json", "curves.png"
+Detail = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: from which weights (a model's, or `scratch`), in which mode, on how many subjects.
+
+    The seed decides which subjects, and the initial values of the head and of scratch: alike for every arm.
+    """
+
+    arm: str
+    mode: str
+    count: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return re.sub(r"[^\w.-]+", "_", f"{self.arm}-{self.mode}-{self.count}-{self.seed}").lstrip("._")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Zoo weights against scratch: means over seeds and test cases, and their difference +- half, in %.
+
+    p_corrected: Holm's, over the whole bench.
+    """
+
+    model: str
+    mode: str
+    count: int
+    scratch: float
+    zoo: float
+    difference: float
+    half: float
+    p: float
+    p_corrected: float
+
+    @property
+    def effect(self) -> str:
+        """helps, hurts or unclear."""
+        return "unclear" if self.p_corrected >= SURE else "helps" if self.difference > 0 else "hurts"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What came out. cells: every training with its scores; comparisons: in the order of model, mode and count."""
+
+    task: str
+    settings: dict[str, Any]
+    cells: tuple[dict[str, Any], ...]
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def verdicts(self) -> list[str]:
+        """A sentence a model and mode."""
+        return [f"{model}, {mode}: {self._verdict(rows)}" for (model, mode), rows in self.groups().items()]
+
+    def groups(self) -> dict[tuple[str, str], list[Comparison]]:
+        """The comparisons by model and mode."""
+        found: dict[tuple[str, str], list[Comparison]] = {}
+        for row in self.comparisons:
+            found.setdefault((row.model, row.mode), []).append(row)
+        return found
+
+    def _verdict(self, rows: list[Comparison]) -> str:
+        metric = METRIC[self.task]
+        sure = [
+            f"{row.effect} by {abs(row.difference):.1f} +- {row.half:.1f} {metric} at {scans(str(row.count))}"
+            for row in rows
+            if row.effect != "unclear"
+        ]
+        unclear = scans(", ".join(str(row.count) for row in rows if row.effect == "unclear"))
+        if not sure:
+            return f"does not help here: no sure difference at {unclear}"
+        return ", ".join(sure) + (f"; no sure difference at {unclear}" if len(sure) < len(rows) else "")
+
+    def lines(self) -> list[str]:
+        """Tables, what their numbers are, and the verdicts."""
+        out = []
+        for (model, mode), rows in self.groups().items():
+            width = max(10, len(model) + 2)
+            out.append(
+                f"{mode}: mean {METRIC[self.task]} in % over {len(self.settings['test'])} test cases and all seeds"
+            )
+            out.append(f"{'scans':>6}{SCRATCH:>10}{model:>{width}}{'difference':>18}{'p':>9}{'corrected':>11}")
+            for row in rows:
+                means = f"{row.scratch:>10.1f}{row.zoo:>{width}.1f}{f'{row.difference:+.1f} +- {row.half:.1f}':>18}"
+                out.append(f"{row.count:>6}{means}{row.p:>9.3f}{row.p_corrected:>11.3f}")
+            out.append("")
+        return [*out, STATISTICS, "", *self.verdicts]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "verdicts": self.verdicts,
+            "metric": f"{METRIC[self.task]}, %",
+            "statistics": STATISTICS,
+            "comparisons": [asdict(row) | {"effect": row.effect} for row in self.comparisons],
+            "settings": self.settings,
+            "cells": list(self.cells),
+        }
+
+
+def scans(count: str) -> str:
+    return f"{count} scan" if count == "1" else f"{count} scans"
+
+
+def bench(
+    data: Cases,
+    models: Sequence[str],
+    config: FinetuneConfig,
+    out: Path,
+    *,
+    counts: Sequence[int] | None = None,
+    seeds: int = SEEDS,
+    modes: Sequence[str] = MODES,
+    device: str = "auto",
+    say: Callable[[str], None] = lambda line: None,
+) -> Bench:
+    """Train on few subjects from zoo weights and from scratch, several times, and compare on subjects held out.
+
+    Args:
+        data: its test cases are the test; where it has none a quarter of the subjects is held out, always the same.
+        models: names or paths as `load` takes them; each is compared with its own architecture from scratch.
+        config: of all trainings; its model, mode, seed, from_scratch, subjects and validation are set here. Nothing is
+            chosen by validation, for which there are no scans: the last weights are tested.
+        out: a training that ended is kept there and not repeated.
+        counts: of subjects, those of one seed nested; default 1, 3, 5 and 10, as far as there are so many.
+        seeds: of each training, at least 3.
+        modes: full, linear or both. Scans, and the features of frozen backbones, are made once for all.
+        say: called with a line about what is to do, after every training, and with the time that the others will take.
+
+    A segmentation is scored by the mean Dice of the labels that prediction or reference hold, on the scan's own grid,
+    of films on the model's; a classification by whether the most probable class is right.
+    Errors: ArgumentError for what does not fit together or differs from what `out` holds; those of `finetune`.
+    """
+    if seeds < 3 or not models or not modes or set(modes) - set(MODES):
+        cause = f"{seeds} seeds, models {', '.join(models) or 'none'}, modes {', '.join(modes) or 'none'}"
+        raise ArgumentError(cause, f"give at least 3 seeds, a model, and modes of {', '.join(MODES)}")
+    pool, test = hold_out(data)
+    subjects = len({case.subject for case in pool})
+    counts = sorted(set(counts or [count for count in COUNTS if count <= subjects]))
+    if not 1 <= counts[0] <= counts[-1] <= subjects:
+        cause = f"counts {', '.join(map(str, counts))} of {subjects} labelled subjects"
+        raise ArgumentError(cause, "ask for fewer, or label more")
+    arms = scratch_arms(models)
+    settings = common_settings(pool, test, models, config)
+    check_settings(settings, out)
+    cells = [
+        Cell(arm, mode, count, seed)
+        for mode in modes
+        for seed in range(seeds)
+        for count in counts
+        for arm in dict.fromkeys(name for model in models for name in (arms[model], model))
+    ]
+    shapes = {arms[model]: model for model in reversed(models)}
+    results = Trainings(pool, test, config, shapes, out, device).run(cells, say)
+    table = compared(results, arms, modes, counts, seeds)
+    report = Bench(data.task, settings, tuple(asdict(cell) | result for cell, result in results.items()), table)
+    write_report(report, out)
+    return report
+
+
+def hold_out(data: Cases) -> tuple[Cases, tuple[Case, ...]]:
+    """Labelled cases to train on, and those to test on; no subject is in both."""
+    split = split_cases(data, validation=TEST_SHARE)
+    stated = tuple(case for case in split.test if case.label is not None)
+    train, test = (split.train + split.val, stated) if stated else (split.train, split.val)
+    if not test:
+        raise ArgumentError("there is no labelled case to test on", "give some the split test, or add subjects")
+    return replace(data, cases=tuple(replace(case, split=None) for case in train)), test
+
+
+def scratch_arms(models: Sequence[str]) -> dict[str, str]:
+    """The arm that each model is compared with: models of one shape and input share it."""
+    shapes: dict[str, str] = {}
+    arms = {}
+    for model in models:
+        entry: Any = load(model).entry
+        shape = repr((entry.architecture, sorted(entry.config.items()), entry.input))
+        arms[model] = shapes.setdefault(shape, f"{SCRATCH} of {model}" if shapes else SCRATCH)
+    return arms
+
+
+# --- Trainings ------------------------------------------------------------------------------------------------------
+
+
+class Trainings:
+    """Cells, trained and tested one after the other; what they have in common is read and computed once.
+
+    Args:
+        pool, test: cases to draw from, and to test on.
+        shapes: the model whose architecture an arm from scratch has, by the arm's name.
+    """
+
+    def __init__(
+        self, pool: Cases, test: Sequence[Case], config: FinetuneConfig, shapes: dict[str, str], out: Path, device: str
+    ) -> None:
+        self.pool, self.test, self.config, self.shapes, self.out, self.device = pool, test, config, shapes, out, device
+        self.grids: dict[tuple[str, str], Prepared] = {}
+        self.cache: Cache = {}
+        self.drawn: tuple[tuple[str, int], Cache] = ("", 0), {}  # the frozen backbone drawn last: its features
+
+    def run(self, cells: Sequence[Cell], say: Callable[[str], None]) -> dict[Cell, dict[str, Any]]:
+        """The result of every cell, from its file where it has one."""
+        folder = self.out / CELLS
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = {cell: folder / f"{cell.name}.json" for cell in cells}
+        left = [cell for cell in cells if not paths[cell].exists()]
+        say(f"{len(left)} trainings of {self.config.steps} steps to do, {len(cells) - len(left)} done before")
+        timed: set[str] = set()
+        for cell in left:
+            result = self._train(cell)
+            write_whole(paths[cell], json.dumps(result, indent=2).encode())
+            mean = np.mean(list(result["scores"].values()))
+            say(f"{cell.arm}, {cell.mode}, {scans(str(cell.count))}, seed {cell.seed}: {mean:.1f} %")
+            if cell.mode not in timed:
+                timed.add(cell.mode)
+                alike = sum(other.mode == cell.mode for other in left) - 1
+                minutes = alike * result["seconds"] / 60
+                say(f"this took {result['seconds']:.0f} s; {alike} more in mode {cell.mode}: about {minutes:.0f} min")
+        return {cell: json.loads(path.read_bytes()) for cell, path in paths.items()}
+
+    def _train(self, cell: Cell) -> dict[str, Any]:
+        started = time.perf_counter()
+        config = replace(
+            self.config,
+            model=self.shapes.get(cell.arm, cell.arm),
+            mode=cell.mode,  # type: ignore[arg-type]
+            seed=cell.seed,
+            from_scratch=cell.arm in self.shapes,
+            subjects=cell.count,
+            validation=0.0,
+            save_every=self.config.steps,
+        )
+        run, cache = self.out / CELLS / cell.name, self._cache(cell)
+        model = finetune(self.pool, config, run, device=self.device, cache=cache)
+        details = {case.name: self._test(model, case, config, cache) for case in self.test}
+        shutil.rmtree(run)
+        taken = split_cases(self.pool, seed=cell.seed, validation=0.0, subjects=cell.count).train
+        return {
+            "taken": [case.name for case in taken],
+            "scores": {case.name: self._score(case, details[case.name]) for case in self.test},
+            "details": details,
+            "seconds": time.perf_counter() - started,
+        }
+
+    def _cache(self, cell: Cell) -> Cache:
+        """Where scans and features are kept; those of a frozen backbone from scratch only until the next is drawn."""
+        if cell.mode == "full" or cell.arm not in self.shapes:
+            return self.cache
+        if self.drawn[0] != (cell.arm, cell.seed):
+            self.drawn = (cell.arm, cell.seed), dict(self.cache)
+        return self.drawn[1]
+
+    def _test(self, model: Any, case: Case, config: FinetuneConfig, cache: Cache) -> Detail:
+        """Of one case, in %: the Dice of each label, None if it is in neither; or the probability of each class."""
+        labels, volumes, device = self.pool.labels, model.backbone.ndim == 3, device_of(model)
+        segments, linear = config.task == "segmentation", config.mode == "linear"
+        if segments and volumes and not linear:
+            return self._dice(case, segment(case.images, model, labels=labels, overlap=OVERLAP))
+        crop = config.crop_for(model.backbone.ndim) if segments or volumes else model.entry.input.size
+        [example] = prepare_cases([case], labels, model.entry.input, self.out, complete=self.pool.complete, cache=cache)
+        if linear:
+            start = build(config, len(labels), len(case.images)).to(device)  # what the head was trained on
+            [example] = frozen_features(start, [example], config, crop, self.out, cache)
+            logits = evaluate(model.head, example.image[None].to(device))[0].cpu()
+        elif segments:
+            logits = sliding_window(example.image[None], model, window=WINDOW[:2], overlap=OVERLAP, device=device)[0]
+        else:
+            logits = evaluate(model, middle_box(example.image, crop)[None].to(device))[0].cpu()
+        if not segments:
+            return {label.name: 100 * p for label, p in zip(labels, logits.softmax(0).tolist(), strict=True)}
+        if volumes:
+            found = self._grid(model, case).restore_labels([(0, logits)], [label.value for label in labels])
+            return self._dice(case, found)
+        classes = {label.name: index for index, label in enumerate(labels)}
+        return dice_of_labels(logits.argmax(0).numpy(), example.target.numpy(), classes)
+
+    def _dice(self, case: Case, found: Volume) -> Detail:
+        assert isinstance(case.label, Path)
+        truth = read_labels(case.label)
+        check_grids(case.name, found, truth)
+        return dice_of_labels(found.data, truth.data, {label.name: label.value for label in self.pool.labels})
+
+    def _grid(self, model: Any, case: Case) -> Prepared:
+        """The way from the model's grid to the scan's, without the scan's voxels."""
+        key = case.name, repr(model.entry.input)
+        if key not in self.grids:
+            prepared = prepare_channels(case.images, model)
+            empty = np.broadcast_to(np.uint8(0), prepared.source.shape)
+            self.grids[key] = replace(prepared, source=replace(prepared.source, data=empty))
+        return self.grids[key]
+
+    def _score(self, case: Case, detail: Detail) -> float:
+        if self.pool.task == "classification":
+            right = next(label.name for label in self.pool.labels if label.value == case.label)
+            return 100.0 * (max(detail, key=lambda name: detail[name] or 0.0) == right)
+        known = [value for value in detail.values() if value is not None]
+        if not known:
+            raise ArgumentError(f"test case {case.name!r} holds none of the labels", "leave it out, or name others")
+        return float(np.mean(known))
+
+
+def dice_of_labels(found: np.ndarray, truth: np.ndarray, values: dict[str, int]) -> Detail:
+    """Dice in % by name of all labels but the first, the background; None for one that is in neither."""
+    out: Detail = {}
+    for name, value in itertools.islice(values.items(), 1, None):
+        a, b = found == value, truth == value
+        size = np.count_nonzero(a) + np.count_nonzero(b)
+        out[name] = 200 * np.count_nonzero(a & b) / size if size else None
+    return out
+
+
+# --- What came out --------------------------------------------------------------------------------------------------
+
+
+def compared(
+    results: dict[Cell, dict[str, Any]], arms: dict[str, str], modes: Sequence[str], counts: Sequence[int], seeds: int
+) -> tuple[Comparison, ...]:
+    """Every model with its scratch, paired by seed and test case; p corrected for the number of comparisons."""
+
+    def scores(arm: str, mode: str, count: int) -> np.ndarray:
+        return np.array([list(results[Cell(arm, mode, count, seed)]["scores"].values()) for seed in range(seeds)])
+
+    found = []
+    for model, mode, count in itertools.product(arms, modes, counts):
+        scratch, zoo = scores(arms[model], mode, count), scores(model, mode, count)
+        mean, half, p = compare(zoo - scratch)
+        found.append(Comparison(model, mode, count, float(scratch.mean()), float(zoo.mean()), mean, half, p, p))
+    corrected = holm([row.p for row in found])
+    return tuple(replace(row, p_corrected=p) for row, p in zip(found, corrected, strict=True))
+
+
+def write_report(report: Bench, out: Path) -> None:
+    """Write results.json and, where matplotlib is installed, curves.png."""
+    write_whole(out / RESULTS, (json.dumps(report.to_dict(), indent=2) + "\n").encode())
+    if find_spec("matplotlib"):
+        bench_picture(report, out / CURVES)
+
+
+# --- Settings -------------------------------------------------------------------------------------------------------
+
+
+def common_settings(pool: Cases, test: Sequence[Case], models: Sequence[str], config: FinetuneConfig) -> dict[str, Any]:
+    """What all trainings of a bench have in common, as JSON has it."""
+    of_cells = ("model", "mode", "seed", "from_scratch", "subjects", "validation", "save_every", "keep_last")
+    reports: dict[str, Any] = {model: load(model).load_report for model in models}
+    settings = {
+        "pool": [case.name for case in pool],
+        "test": [case.name for case in test],
+        "labels": {label.name: label.value for label in pool.labels},
+        "training": {name: value for name, value in asdict(config).items() if name not in of_cells}
+        | {"learning_rate": {mode: replace(config, mode=mode).peak_rate for mode in MODES}},  # type: ignore[arg-type]
+        "models": {model: report.sha256 for model, report in reports.items()},
+    }
+    return json.loads(json.dumps(settings))
+
+
+def check_settings(settings: dict[str, Any], out: Path) -> None:
+    """Refuse to add to a bench of other settings; other models may join it."""
+    path = out / SETTINGS
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        before = json.loads(path.read_bytes()) if path.exists() else settings
+        models = before["models"] | settings["models"]
+        changed = [name for name, value in settings.items() if name != "models" and before[name] != value]
+        changed += [model for model, sha256 in before["models"].items() if models[model] != sha256]
+        if not changed:
+            write_whole(path, json.dumps(settings | {"models": models}, indent=2).encode())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"{path} cannot be used: {error}", "choose another folder") from error
+    if changed:
+        raise ArgumentError(f"{out} holds a bench with other {', '.join(changed)}", "use the same, or another folder")

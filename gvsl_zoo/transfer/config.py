@@ -1,0 +1,95 @@
+"""Settings of a fine-tuning run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from ..errors import ArgumentError
+from ..pretrain.config import RunConfig, parse_settings
+
+Task = Literal["segmentation", "classification"]
+Mode = Literal["full", "linear"]
+Unit = Literal["HU", "arbitrary", "grey"]
+CROP = {3: 64, 2: 256}  # voxels an axis, by the number of axes
+LEARNING_RATE = {"full": 3e-3, "linear": 0.1}
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(RunConfig):
+    """One run. The defaults are sized for a few scans and a CPU.
+
+    model: whose backbone is the start: a registry name or a path.
+    mode: full, all weights learn; linear, the head alone, on features that are computed once.
+    from_scratch: the same network with weights drawn at random.
+    unit, spacing_mm: what the scans are measured in and the grid that they are brought to, (z, y, x) or one number,
+        where it is to be another than the model's: a model for CT learns MR with unit "arbitrary", which scales each
+        volume from its own extremes. The trained model's input says so.
+    crop: voxels of that grid an axis, one number for all; default 64, of films 256. In a segmentation the edge of a
+        patch; in a classification of the box about the scan's middle, in 2D of the film, resized.
+    batch_size: patches or scans a process and step.
+    subjects: how many to train on; default all that are not held out.
+    validation: share of the subjects held out, on which the best weights are chosen; 0: the last ones are kept.
+    save_every: steps between checkpoints, each with a validation.
+    learning_rate: peak, of the head; linear warm-up, cosine to zero. Default 3e-3, linear 0.1.
+    layer_decay: by which pre-trained levels learn slower, level by level towards the input; from scratch all alike.
+    ema: decay of the averaged weights, which are then validated and kept; 0 for none.
+    augment: strength of poses (see pretrain/augment.py) and of changes in brightness, contrast and noise; 0 for none.
+    """
+
+    model: str = "gvsl-unet-ct-nano"
+    task: Task = "segmentation"
+    mode: Mode = "full"
+    from_scratch: bool = False
+    unit: Unit | None = None
+    spacing_mm: float | tuple[float, ...] | None = None
+    crop: int | tuple[int, ...] | None = None
+    batch_size: int = 2
+    subjects: int | None = None
+    validation: float = 0.2
+    learning_rate: float | None = None
+    layer_decay: float = 0.8
+    warmup_steps: int = 20
+    weight_decay: float = 0.01
+    clip_norm: float = 12.0  # Isensee et al. 2021
+    ema: float = 0.0
+    augment: float = 1.0
+    bf16: bool = True  # in mode full
+    checkpointing: bool = False  # of activations: memory for time
+
+    def __post_init__(self) -> None:
+        counts = (self.steps, self.batch_size, self.save_every, self.keep_last)
+        crop = self.crop if isinstance(self.crop, tuple) else (self.crop or 1,)
+        spacing = self.spacing_mm if isinstance(self.spacing_mm, tuple) else (self.spacing_mm or 1,)
+        for wrong, what in (
+            (self.task not in get_args(Task), f"task {self.task!r}"),
+            (self.mode not in get_args(Mode), f"mode {self.mode!r}"),
+            (self.unit not in (None, *get_args(Unit)), f"unit {self.unit!r}"),
+            (min(counts) < 1, "a count below 1"),
+            (min(crop) < 1, f"crop {self.crop}"),
+            (min(spacing) <= 0, f"spacing_mm {self.spacing_mm}"),
+            (not 0 <= self.validation < 1, f"validation {self.validation}"),
+            (not 0 <= self.ema < 1, f"ema {self.ema}"),
+            (not 0 < self.layer_decay <= 1, f"layer_decay {self.layer_decay}"),
+            (self.augment < 0, f"augment {self.augment}"),
+        ):
+            if wrong:
+                raise ArgumentError(f"{what} in the settings of a run", "see gvsl_zoo.transfer.config.FinetuneConfig")
+
+    def crop_for(self, ndim: int) -> tuple[int, ...]:
+        """Voxels along each of `ndim` axes."""
+        crop = self.crop or CROP[ndim]
+        crop = (crop,) * ndim if isinstance(crop, int) else crop
+        if len(crop) != ndim:
+            raise ArgumentError(f"crop {crop} for a model of {ndim} axes", f"give one number, or {ndim}")
+        return crop
+
+    @property
+    def peak_rate(self) -> float:
+        return self.learning_rate or LEARNING_RATE[self.mode]
+
+
+def settings_of(steps: int, named: dict[str, Any], others: tuple[str, ...] = ()) -> FinetuneConfig:
+    """Settings by name (None leaves the default), and others as text, "name=value"."""
+    values = {key: value for key, value in named.items() if value is not None}
+    return FinetuneConfig.from_dict({"steps": steps} | values | parse_settings(others))

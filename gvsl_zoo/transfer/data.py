@@ -1,0 +1,315 @@
+"""Labelled scans on a model's grid, prepared once, and what a step draws of them.
+
+Patch k of a run is a function of the run's seed and of k alone, in whatever process and after whatever interruption.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..errors import ArgumentError, VolumeError, listed
+from ..pretrain.augment import apply_pose, sample_pose
+from ..pretrain.data import seeded
+from ..registry import Input, Label
+from ..volume import InputWarning, Prepared, Preprocessing, Volume, prepare, read_volume
+from .cases import Case, read_film, read_labels
+from .config import FinetuneConfig
+
+MEMORY_BYTES = 4 * 2**30  # of prepared scans; those beyond lie in files without a name, which end with the process
+PLACES = 10_000  # voxels of a class and case that patches are centred on; Isensee et al. 2021
+GRID_TOLERANCE = 0.1  # of a voxel: what rounding in headers may do to a grid
+MARGIN = 0.25  # of a crop, beyond each of its faces: what turning and scaling bring in
+# Changes of appearance, our choice; all are scaled by the strength of the augmentation
+GAIN, SHIFT, GAMMA, NOISE = 0.15, 0.05, 0.25, 0.02  # relative; of the intensity range; log; SD
+Cache = dict[Any, "Example"]  # what earlier runs prepared
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A case as a network takes it.
+
+    Args:
+        image: (C, *shape) float32; or features of it; in a classification with frozen features a vector (C,).
+        target: the class of each voxel, (*shape) uint8, or of the scan, (), as an index into the labels.
+        places: voxels of each class but the background that the case holds, by class, (N, n) int32.
+        doubts: what looks unlike the model's input.
+    """
+
+    name: str
+    image: Tensor
+    target: Tensor
+    places: dict[int, Tensor]
+    doubts: tuple[str, ...] = ()
+
+
+def prepare_cases(
+    cases: Sequence[Case],
+    labels: tuple[Label, ...],
+    given: Input,
+    folder: Path,
+    *,
+    complete: bool = True,
+    cache: Cache | None = None,
+) -> list[Example]:
+    """Read scans and labels and bring them onto a model's grid.
+
+    Args:
+        labels, complete: see `Cases`.
+        given: the model's input.
+        folder: on whose disk lies what is too much for the memory.
+        cache: what earlier calls prepared; what this one prepares is added.
+
+    Errors: VolumeError naming a file that cannot be used, ArgumentError for a class that occurs in no case.
+    """
+    if len(labels) > 256:
+        raise ArgumentError(f"{len(labels)} labels", "at most 256 are supported")
+    cache = {} if cache is None else cache
+    examples = []
+    for case in cases:
+        key = (case, labels, complete, replace(given, window=None))
+        examples.append(cached(cache, key, folder, lambda case=case: _prepare(case, labels, given, complete)))  # type: ignore[misc]
+    if doubtful := [f"{example.name}: {example.doubts[0]}" for example in examples if example.doubts]:
+        text = f"{len(doubtful)} of {len(examples)} scans look unlike the model's input, so {doubtful[0]}"
+        warnings.warn(f"{text} (for MR choose the unit 'arbitrary')", InputWarning, stacklevel=2)
+    return examples
+
+
+def cached(cache: Cache, key: Any, folder: Path, make: Callable[[], Example]) -> Example:
+    """The example of a key, made once."""
+    if key not in cache:
+        example = make()
+        taken = sum(other.image.nbytes for other in cache.values()) + example.image.nbytes
+        cache[key] = replace(example, image=_mapped(example.image, folder)) if taken > MEMORY_BYTES else example
+    return cache[key]
+
+
+def _mapped(x: Tensor, folder: Path) -> Tensor:
+    """The same numbers in a file without a name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        array = np.memmap(file, x.numpy().dtype, "w+", shape=tuple(x.shape))  # keeps the file open
+    array[...] = x.numpy()
+    return torch.from_numpy(array)
+
+
+# --- From files to the grid -----------------------------------------------------------------------------------------
+
+
+def _prepare(case: Case, labels: tuple[Label, ...], given: Input, complete: bool) -> Example:
+    image, sources, doubts = (_films if len(given.axes) == 2 else _volumes)(case, given)
+    if not isinstance(case.label, Path):
+        index = next((i for i, label in enumerate(labels) if label.value == case.label), None)
+        if index is None:
+            raise ArgumentError(f"case {case.name!r} has the class {case.label}", "give it one of the labels")
+        return Example(case.name, image, torch.tensor(index), {}, doubts)
+    classes = _classes(case, sources, labels, complete)
+    target = torch.from_numpy(_on_grid(classes, given, tuple(image.shape[1:])))
+    places = {}
+    for k in sorted(set(target.unique().tolist()) - {0}):
+        found = (target == k).nonzero().int()
+        places[int(k)] = found[:: -(-len(found) // PLACES)]
+    return Example(case.name, image, target, places, doubts)
+
+
+def _volumes(case: Case, given: Input) -> tuple[Tensor, list[Volume], tuple[str, ...]]:
+    """The channels of a scan on the model's grid, (C, D, H, W), as they were read, and doubts about them."""
+    recipe = Preprocessing(
+        spacing_mm=given.spacing_mm,  # type: ignore[arg-type]
+        unit=given.intensity.unit,
+        window=given.intensity.window,
+        scale=given.intensity.scale,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)
+        channels: list[Prepared] = [prepare(read_volume(path), recipe) for path in case.images]
+    sources = [channel.source for channel in channels]
+    for path, source in zip(case.images, sources, strict=True):
+        _check_grid(path, source, case.images[0], sources[0])
+    doubts = tuple(itertools.chain.from_iterable(channel.warnings for channel in channels))
+    return torch.cat([channel.image[0] for channel in channels]), sources, doubts
+
+
+def _films(case: Case, given: Input) -> tuple[Tensor, list[Volume], tuple[str, ...]]:
+    """The channels of a film, (C, H, W), resized where the model has a size, and as they were read."""
+    sources = [read_film(path) for path in case.images]
+    for path, source in zip(case.images, sources, strict=True):
+        _check_grid(path, source, case.images[0], sources[0])
+    image = torch.from_numpy(np.stack([source.data[:, :, 0].T for source in sources]).astype(np.float32))
+    low, high = (
+        float(extreme) if end is None else end
+        for end, extreme in zip(given.intensity.window, (image.min(), image.max()), strict=True)
+    )
+    bottom, top = given.intensity.scale
+    image = image.clamp_(low, high).sub_(low).mul_((top - bottom) / max(high - low, 1e-6)).add_(bottom)
+    return _resize(image, given.size), sources, ()
+
+
+def _resize(image: Tensor, size: tuple[int, ...] | None) -> Tensor:
+    if size is None or image.shape[1:] == size:
+        return image
+    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+
+
+def _classes(case: Case, sources: list[Volume], labels: tuple[Label, ...], complete: bool) -> Volume:
+    """The label file of a case with the values replaced by their places in `labels`."""
+    path = case.label
+    assert isinstance(path, Path)
+    volume = read_labels(path)
+    _check_grid(path, volume, case.images[0], sources[0])
+    classes = np.zeros(volume.shape, np.uint8)
+    known = [label.value for label in labels]
+    values = [int(value) for value in np.unique(volume.data)]
+    if complete and (odd := [str(value) for value in values if value not in known]):
+        raise VolumeError(
+            f"{str(path)!r} holds the labels {listed(odd)}, which have no name; named are "
+            + listed([f"{label.value} {label.name}" for label in labels]),
+            "name them (--labels), or correct the file",
+        )
+    for value in set(values) & set(known):
+        classes[volume.data == value] = known.index(value)
+    return replace(volume, data=classes)
+
+
+def _check_grid(path: Path, volume: Volume, first_path: Path, first: Volume) -> None:
+    """Refuse a label or a channel that does not lie voxel on voxel on the scan."""
+    remedy = "resample it onto the scan's grid (same shape and affine)"
+    if volume.data.shape != first.data.shape:
+        cause = f"{str(path)!r} has {volume.data.shape} voxels, {first_path.name!r} has {first.data.shape}"
+        raise VolumeError(cause, remedy)
+    corners = np.array([(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in first.shape))]).T
+    apart = float(np.abs((volume.affine - first.affine) @ corners).max())
+    if apart > GRID_TOLERANCE * min(first.spacing_mm):
+        raise VolumeError(f"{str(path)!r} lies up to {apart:.3g} mm beside {first_path.name!r}", remedy)
+
+
+def _on_grid(classes: Volume, given: Input, shape: tuple[int, ...]) -> np.ndarray:
+    """The class with the largest share of every voxel of the model's grid, uint8; of equal shares the first."""
+    best = torch.zeros(shape)
+    target = np.zeros(shape, np.uint8)
+    for k in np.unique(classes.data):
+        mask = (classes.data == k).astype(np.uint8)
+        if len(given.axes) == 2:
+            share = _resize(torch.from_numpy(mask[:, :, 0].T.astype(np.float32))[None], given.size)[0]
+        else:
+            recipe = Preprocessing(given.spacing_mm, unit="arbitrary", window=(0.0, 1.0))  # type: ignore[arg-type]
+            with warnings.catch_warnings():  # a mask that is 1 everywhere is no empty image
+                warnings.simplefilter("ignore", InputWarning)
+                share = prepare(Volume(mask, classes.affine), recipe).image[0, 0]
+        target[(share > best).numpy()] = k
+        best = torch.maximum(best, share)
+    return target
+
+
+# --- What a step draws ----------------------------------------------------------------------------------------------
+
+
+class Patch(NamedTuple):
+    """A crop, with a margin if it is to be posed: image (C, *crop), target (*crop) or ()."""
+
+    image: Tensor
+    target: Tensor
+
+
+class Patches(Dataset[Patch]):
+    """Patch k of a run. In a segmentation every other one is centred on a voxel of a class drawn at random."""
+
+    def __init__(self, examples: Sequence[Example], config: FinetuneConfig, crop: tuple[int, ...]) -> None:
+        self.examples, self.seed = examples, config.seed
+        self.crop, self.margins = crop, margins(config, crop)
+        self.edges = [n + 2 * m for n, m in zip(crop, self.margins, strict=True)]
+        self.holders: dict[int, list[Example]] = {}  # of each class
+        for example in examples:
+            for k in example.places:
+                self.holders.setdefault(k, []).append(example)
+
+    def __getitem__(self, number: int) -> Patch:
+        generator = seeded("cpu", self.seed, 10, number)
+        classes = list(self.holders)
+        if number % 2 == 0 and classes:
+            k = classes[_below(len(classes), generator)]
+            example = self.holders[k][_below(len(self.holders[k]), generator)]
+            place = example.places[k][_below(len(example.places[k]), generator)].tolist()
+        else:
+            example = self.examples[_below(len(self.examples), generator)]
+            place = [_below(size, generator) for size in example.target.shape]
+        if example.image.ndim == 1:  # features of the whole scan
+            return Patch(example.image, example.target)
+        if example.target.ndim == 0:
+            return Patch(middle_box(example.image, self.edges), example.target)
+        axes = zip(place, example.target.shape, self.crop, self.margins, strict=True)
+        starts = [_start(at, size, edge) - margin for at, size, edge, margin in axes]
+        image, target = (box(x, starts, self.edges) for x in (example.image, example.target[None]))
+        return Patch(image, target[0])
+
+
+def margins(config: FinetuneConfig, crop: Sequence[int]) -> list[int]:
+    """Voxels beyond each face of a crop that its pose may read."""
+    if not config.augment or config.mode == "linear":
+        return [0] * len(crop)
+    return [math.ceil(MARGIN * edge) for edge in crop]
+
+
+def _start(place: int, size: int, edge: int) -> int:
+    """First voxel of a crop about `place` that stays inside the scan; a scan that is smaller lies in its middle."""
+    return (size - edge) // 2 if size <= edge else min(max(place - edge // 2, 0), size - edge)
+
+
+def _below(count: int, generator: torch.Generator) -> int:
+    return int(torch.randint(count, (), generator=generator))
+
+
+def box(x: Tensor, starts: Sequence[int], edges: Sequence[int]) -> Tensor:
+    """The box of an image (C, *shape) at `starts`, zero where it reaches beyond the image."""
+    pads: list[int] = []
+    for axis, (start, edge) in enumerate(zip(starts, edges, strict=True), 1):
+        first, last = max(start, 0), min(start + edge, x.shape[axis])
+        x = x.narrow(axis, first, last - first)
+        pads = [first - start, start + edge - last, *pads]
+    return F.pad(x, pads) if any(pads) else x
+
+
+def middle_box(x: Tensor, edges: Sequence[int]) -> Tensor:
+    """The box about the middle of an image (C, *shape)."""
+    return box(x, [(size - edge) // 2 for size, edge in zip(x.shape[1:], edges, strict=True)], edges)
+
+
+def make_batch(
+    patches: Iterable[Patch], numbers: Sequence[int], config: FinetuneConfig, crop: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Images (B, C, *crop) and targets, int64 (B, *crop) or (B,), posed and changed on the device."""
+    images, targets = [], []
+    around = margins(config, crop)
+    for number, patch in zip(numbers, patches, strict=True):
+        image, target = patch.image[None].to(device), patch.target[None].to(device)
+        if any(around):
+            generator = seeded("cpu", config.seed, 11, number)
+            pose = sample_pose(crop, generator, strength=config.augment, device=device)
+            pose += torch.tensor(around, device=device).view(1, -1, *[1] * len(crop))
+            image = jitter(apply_pose(image, pose), config.augment, generator)
+            if target.ndim > 1:
+                target = apply_pose(target[None], pose, mode="nearest")[0]
+        images.append(image)
+        targets.append(target.long())
+    return torch.cat(images), torch.cat(targets)
+
+
+def jitter(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """An image in [0, 1] with other brightness, contrast, gamma and noise, drawn from a generator on the CPU."""
+    gain, shift, gamma, noise = (2 * torch.rand(4, generator=generator) - 1).tolist()
+    image = image.clamp(0, 1) ** math.exp(strength * GAMMA * gamma)
+    spread = torch.randn(image.shape, generator=generator).to(image.device)
+    image = image * (1 + strength * GAIN * gain) + strength * SHIFT * shift
+    return image.add_(spread, alpha=strength * NOISE * abs(noise)).clamp_(0, 1)

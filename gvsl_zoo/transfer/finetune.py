@@ -1,0 +1,351 @@
+"""The fine-tuning loop: draw patches about labels, pose them, Dice and cross-entropy, step; keep what validates best.
+
+A run's folder is that of pre-training (pretrain/run.py), with cases.json, which says what was trained and validated on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ArgumentError
+from ..inference.features import WINDOW
+from ..inference.sliding import evaluate, sliding_window
+from ..losses import dice_loss
+from ..models.backbone import Backbone
+from ..models.heads import HeadedModel
+from ..pretrain.data import Numbers, seeded
+from ..pretrain.learner import Learner, Record, Stop, Taken, drawn, make_accelerator, schedule, stop_signals
+from ..pretrain.loop import tensorboard
+from ..pretrain.run import LOG, Run, State, Tensors
+from ..registry import Label, ModelEntry
+from ..report import curves_picture
+from ..weights import write_whole
+from ..zoo import HEADED, load
+from .cases import Cases, Split, split_cases
+from .config import FinetuneConfig
+from .data import Cache, Example, Patch, Patches, cached, make_batch, middle_box, prepare_cases
+from .entry import MEASURED, describe, finish
+from .validate import SCORE, validate
+
+CASES = "cases.json"
+
+
+def finetune(
+    data: Cases,
+    config: FinetuneConfig,
+    out: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    workers: int = 0,
+    progress: Callable[[Record], None] | None = None,
+    cache: Cache | None = None,
+) -> nn.Module:
+    """Train a head, and with mode full its backbone, on labelled scans; return the model as `load(out, task=...)` does.
+
+    One process, or one of several that `torchrun` or `accelerate launch` started. A run whose folder holds a checkpoint
+    goes on from it: on the CPU bit for bit.
+
+    Args:
+        data: see `read_cases`; test cases are left alone.
+        out: the run's folder.
+        device: auto, cpu or cuda.
+        workers: processes that draw patches ahead; 0 draws them in between.
+        progress: called after every step with what the log receives.
+        cache: an empty dictionary, to be given to several calls: scans and frozen features are then made only once.
+
+    Raises: VolumeError for a scan or label file that cannot be used; ArgumentError for settings or data that do not fit
+        together, or that are not those of the run so far; TrainingError for a loss that is not finite, a folder in use
+        or a full disk. SystemExit(143) after SIGTERM and SystemExit(130) after SIGINT, with a checkpoint written.
+    """
+    if data.task != config.task:
+        raise ArgumentError(f"cases of a {data.task} for the task {config.task}", "read them with the same task")
+    out, labels = Path(out), data.labels
+    accelerator = make_accelerator(device)
+    split = split_cases(data, seed=config.seed, validation=config.validation, subjects=config.subjects)
+    chans = len(split.train[0].images)
+    model = build(config, len(labels), chans)
+    entry = describe(config, out.name, model.backbone.entry, labels, split, chans)  # type: ignore[arg-type]
+    entry = replace(entry, parameters=sum(parameter.numel() for parameter in model.parameters()))
+    ndim = model.backbone.ndim
+    crop = entry.input.size if ndim == 2 and config.task == "classification" else config.crop_for(ndim)
+    assert crop is not None
+    cache = {} if cache is None else cache
+    train, val = (
+        prepare_cases(cases, labels, entry.input, out, complete=data.complete, cache=cache)
+        for cases in (split.train, split.val)
+    )
+    check_classes(train, labels)
+    model.to(accelerator.device)
+    if config.mode == "linear":
+        train, val = (frozen_features(model, examples, config, crop, out, cache) for examples in (train, val))
+    main, run = accelerator.is_main_process, Run(out, config)
+
+    with stop_signals() as stop, run.locked() if main else nullcontext():
+        if main:
+            note_cases(out, split, labels)
+        accelerator.wait_for_everyone()
+        learner = make_learner(model, config, accelerator)
+        state = run.latest()
+        first = learner.restore(state, config.batch_size * accelerator.num_processes)
+        task = accelerator.prepare(learner.task)
+        with (
+            closing(draw(Patches(train, config, crop), config, first, workers, accelerator)) as batches,
+            tensorboard(out, first) if main else nullcontext() as board,
+        ):
+            if main:
+                run.truncate_log(first)
+            best = state.tensors.get("best") if state else None
+            validation = Validation(val, labels, config, crop, best, out)
+            journal = Journal(run, learner, entry, validation, board, progress, stop)
+            take = partial(forward_backward, task, batches, config, crop, accelerator)
+            for taken in learner.steps(take, first, config, stop):
+                if main:
+                    journal.note(taken)
+                if taken.saving and taken.stopping:
+                    accelerator.wait_for_everyone()
+                    raise SystemExit(stop.code)
+        if main:
+            finish(out, entry, best_record(out, config), split)
+            draw_run(out, config)
+        accelerator.wait_for_everyone()
+    return load(out, task=config.task, device=accelerator.device)
+
+
+# --- A step -------------------------------------------------------------------------------------------------
+
+
+def draw(
+    patches: Patches, config: FinetuneConfig, first: int, workers: int, accelerator: Any
+) -> Generator[tuple[list[int], list[Patch]], None, None]:
+    """The patches of this process with their numbers, a list a step, from step `first` to the end of the run."""
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    numbers = Numbers(first, config.steps, config.batch_size, 1, processes, rank)
+    return drawn(patches, numbers, workers, accelerator.device)
+
+
+def forward_backward(
+    task: nn.Module,
+    batches: Iterator[tuple[list[int], list[Patch]]],
+    config: FinetuneConfig,
+    crop: Sequence[int],
+    accelerator: Any,
+    _step: int,
+) -> dict[str, Tensor]:
+    """Leave the gradients of a step; return the terms of its loss, on the device."""
+    numbers, patches = next(batches)
+    terms: dict[str, Tensor] = task(*make_batch(patches, numbers, config, crop, accelerator.device))
+    accelerator.backward(sum(terms.values()))
+    return terms
+
+
+# --- What is trained ----------------------------------------------------------------------------------------
+
+
+class Supervised(nn.Module):
+    """A network and its loss, as one module, so that parallel wrappers see a single forward pass.
+
+    forward(images, targets) -> the terms of the loss by name, scalar, float32.
+    """
+
+    def __init__(self, net: nn.Module, config: FinetuneConfig) -> None:
+        super().__init__()
+        self.net, self.segments = net, config.task == "segmentation"
+        self.bf16 = config.bf16 and config.mode == "full"
+
+    def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.net(images)
+        terms = {"cross_entropy": F.cross_entropy(logits.float(), targets)}
+        return terms | {"soft_dice_loss": dice_loss(logits, targets)} if self.segments else terms
+
+
+def build(config: FinetuneConfig, num_classes: int, chans: int) -> HeadedModel:
+    """The backbone that the settings name, or one of its shape drawn from the seed, with a head drawn from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeded("cpu", config.seed, 12).initial_seed())
+        backbone = load(config.model, in_chans=chans, pretrained=not config.from_scratch)
+    assert isinstance(backbone, Backbone)
+    model = HEADED[config.task](backbone, num_classes, generator=seeded("cpu", config.seed, 13))
+    if config.mode == "linear":
+        backbone.freeze()
+    elif config.task == "classification":  # the decoder gets no gradient
+        for level in backbone.levels[backbone.encoder_levels :]:
+            backbone.get_submodule(level.module).requires_grad_(False)
+    return model
+
+
+def trained(model: HeadedModel, config: FinetuneConfig) -> nn.Module:
+    """What runs in a step: the model, or the head alone on features that are there already."""
+    return model.head if config.mode == "linear" else model
+
+
+def make_learner(model: HeadedModel, config: FinetuneConfig, accelerator: Any) -> Learner[HeadedModel]:
+    """The model on its device, with AdamW; pre-trained levels learn slower, level by level towards the input."""
+    task = Supervised(trained(model, config), config).train()
+    layout = torch.channels_last_3d if model.backbone.ndim == 3 else torch.channels_last
+    task.to(memory_format=layout)  # type: ignore[call-overload]
+    model.backbone.set_grad_checkpointing(config.checkpointing)
+    decay = 1.0 if config.from_scratch else config.layer_decay
+    groups = [group for group in model.parameter_groups(config.peak_rate, decay) if group["params"]]
+    return Learner(
+        model,
+        task,
+        torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True),
+        accelerator,
+        rate=partial(schedule, steps=config.steps, warmup_steps=config.warmup_steps),
+        clip_norm=config.clip_norm,
+        ema=config.ema,
+    )
+
+
+@torch.no_grad()
+def frozen_features(
+    model: HeadedModel,
+    examples: Sequence[Example],
+    config: FinetuneConfig,
+    crop: Sequence[int],
+    folder: Path,
+    cache: Cache,
+) -> list[Example]:
+    """The examples with features in place of images: what a head sees when its backbone does not change.
+
+    Dense ones, (C, *shape) float32, for a segmentation; the pooled bottleneck of the middle box, (C,), otherwise.
+    """
+    backbone, device = model.backbone, next(model.parameters()).device
+    report: Any = backbone.load_report
+    weights = report.sha256 or (config.model, config.seed)
+
+    def dense(example: Example) -> Tensor:
+        window = WINDOW[: backbone.ndim]
+        return sliding_window(example.image[None], backbone, window=window, device=device)[0]
+
+    def pooled(example: Example) -> Tensor:
+        def function(x: Tensor) -> Tensor:
+            return backbone.forward_intermediates(x, [-1])[0].flatten(2).mean(2)
+
+        return evaluate(function, middle_box(example.image, crop)[None].to(device))[0].cpu()
+
+    make = dense if config.task == "segmentation" else pooled
+    return [
+        cached(cache, (id(example), weights, tuple(crop)), folder, lambda e=example: replace(e, image=make(e)))  # type: ignore[misc]
+        for example in examples
+    ]
+
+
+def check_classes(examples: Sequence[Example], labels: Sequence[Label]) -> None:
+    """Refuse a class that no training case holds: it could not be learnt."""
+    found = {0} if examples[0].target.ndim else set()
+    for example in examples:
+        found |= example.places.keys() if example.target.ndim else {int(example.target)}
+    if missing := [label.name for k, label in enumerate(labels) if k not in found]:
+        cause = f"none of {len(examples)} training cases holds {', '.join(missing)} on the model's grid"
+        raise ArgumentError(cause, "leave the label out (--labels), take a finer grid, or add cases that hold it")
+
+
+# --- What is written ----------------------------------------------------------------------------------------
+
+
+class Validation:
+    """Held-out cases, and the weights that were best on them."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        labels: Sequence[Label],
+        config: FinetuneConfig,
+        crop: Sequence[int],
+        best: Tensors | None,
+        out: Path,
+    ) -> None:
+        self.examples, self.labels, self.config, self.crop, self.best = examples, labels, config, crop, best
+        self.score: float = best_record(out, config).get(SCORE[config.task], 0.0)
+
+    def of(self, model: HeadedModel) -> Record:
+        """The scores of a model, whose weights are remembered if none were better before; none without cases."""
+        if not self.examples:
+            return {}
+        model.eval()
+        scores = validate(trained(model, self.config), self.examples, self.labels, self.config, self.crop)
+        model.train()
+        if self.best is None or scores[SCORE[self.config.task]] >= self.score:
+            self.score = scores[SCORE[self.config.task]]
+            self.best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        return scores
+
+
+@dataclass
+class Journal:
+    """What the main process writes of a run: log and checkpoints."""
+
+    run: Run
+    learner: Learner[HeadedModel]
+    entry: ModelEntry
+    validation: Validation
+    board: Any
+    progress: Callable[[Record], None] | None
+    stop: Stop
+
+    def note(self, taken: Taken) -> None:
+        """Write a step down; where its weights are to be saved, validate first, unless the run is to stop."""
+        config, record = self.validation.config, taken.record
+        step = int(record["step"])
+        if taken.saving and (step == config.steps or not self.stop.asked):
+            record |= self.validation.of(self.learner.kept)
+        self.run.log(record)
+        if self.board is not None:
+            for name, value in record.items():
+                self.board.add_scalar(name, value, step)
+        if taken.saving:
+            parts = self.learner.snapshot()
+            if self.validation.best is not None:
+                parts["best"] = self.validation.best
+            self.run.save(State(step, config.batch_size * self.learner.accelerator.num_processes, parts), self.entry)
+        if self.progress:
+            self.progress(record)
+
+
+# --- The run's folder ---------------------------------------------------------------------------------------
+
+
+def note_cases(out: Path, split: Split, labels: Sequence[Label]) -> None:
+    """Write down which cases are for what; refuse others than those of the run so far."""
+    uses = {use: [case.name for case in cases] for use, cases in split._asdict().items()}
+    given = uses | {"labels": [asdict(label) for label in labels]}
+    text = json.dumps(given, indent=2)
+    path = out / CASES
+    if path.exists() and path.read_text() != text:
+        raise ArgumentError(f"{out} holds a run on other cases or labels ({CASES})", "give the same, or another folder")
+    write_whole(path, text.encode())
+
+
+def validations(out: Path, config: FinetuneConfig) -> list[Record]:
+    """The records of the log that hold a validation."""
+    lines = (out / LOG).read_text().splitlines() if (out / LOG).exists() else []
+    return [record for line in lines if SCORE[config.task] in (record := json.loads(line))]
+
+
+def best_record(out: Path, config: FinetuneConfig) -> Record:
+    """What was measured on the weights that are kept: of equal scores the last."""
+    return max(reversed(validations(out, config)), key=lambda record: record[SCORE[config.task]], default={})
+
+
+def draw_run(out: Path, config: FinetuneConfig) -> None:
+    """Learning curves, where matplotlib is installed."""
+    if find_spec("matplotlib") is None:
+        return
+    log = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
+    names = [name for name in best_record(out, config) if name.partition("_")[0] in MEASURED]
+    title = f"{out.name}: {config.task}, {'from scratch' if config.from_scratch else config.mode}"
+    curves_picture(log, out / "curves.png", title=title, panels={"held-out cases": names} if names else {})

@@ -1,0 +1,274 @@
+"""Tests of the bench: fair pairs, nothing repeated after an interruption, verdicts that follow from the numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from gvsl_zoo import model_info
+from gvsl_zoo.cli import main
+from gvsl_zoo.demo import as_volume
+from gvsl_zoo.errors import ArgumentError
+from gvsl_zoo.inference.segment import segment
+from gvsl_zoo.models.unet import UNet
+from gvsl_zoo.pretrain.anatomy import LABELS, sample_film, sample_subject
+from gvsl_zoo.transfer import bench as room
+from gvsl_zoo.transfer import finetune as loop
+from gvsl_zoo.transfer.bench import Bench, Cell, Trainings, bench, compared, dice_of_labels, hold_out, scratch_arms
+from gvsl_zoo.transfer.cases import read_cases
+from gvsl_zoo.transfer.config import FinetuneConfig
+from gvsl_zoo.transfer.evaluate import overlap
+from gvsl_zoo.transfer.finetune import finetune
+from gvsl_zoo.volume import read_volume, write_volume
+from gvsl_zoo.zoo import save_pretrained
+
+NANO = "gvsl-unet-ct-nano"
+ORGANS = {"liver": LABELS["liver"], "spine": LABELS["spine"]}
+CONFIG = FinetuneConfig(steps=2, crop=16, batch_size=1, augment=0.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_pictures():
+    """Trainings whose folders are thrown away draw no curves here: that is half of the time of two steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "draw_run", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Six labelled synthetic CTs; the table beside them gives two of them classes and none a split."""
+    path = tmp_path_factory.mktemp("mine")
+    for part in ("images", "labels"):
+        (path / part).mkdir()
+    for seed, name in enumerate("abcdef"):
+        subject = sample_subject((28, 24, 32), torch.Generator().manual_seed(seed), spacing_mm=(9.0, 9.0, 9.0))
+        volume = as_volume(subject)
+        write_volume(volume, path / f"images/{name}.nii.gz")
+        labels = subject.labels.permute(2, 1, 0).numpy()
+        write_volume(replace(volume, data=labels), path / f"labels/{name}.nii.gz")
+    rows = [f"images/{name}.nii.gz,{'ill' if name in 'ace' else 'healthy'}" for name in "abcdef"]
+    (path / "classes.csv").write_text("\n".join(["image,label", *rows]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def cases(folder):
+    return read_cases(folder, labels=ORGANS)
+
+
+@pytest.fixture(scope="module")
+def done(cases, tmp_path_factory):
+    """A bench of linear probes: its report, its folder and what it said."""
+    out, said = tmp_path_factory.mktemp("bench"), []
+    report = bench(cases, [NANO], CONFIG, out, counts=[1, 3], modes=["linear"], device="cpu", say=said.append)
+    return report, out, said
+
+
+# --- Fair pairs -----------------------------------------------------------------------------------------------------
+
+
+def test_arms_are_trained_on_the_same_scans_the_fewer_among_the_more_and_never_on_the_test(done):
+    report, _, _ = done
+    taken = {(c["arm"], c["count"], c["seed"]): c["taken"] for c in report.cells}
+    assert len(taken) == 12
+    for seed in range(3):
+        for count in (1, 3):
+            assert taken[NANO, count, seed] == taken["scratch", count, seed]
+            assert len(taken[NANO, count, seed]) == count
+        assert set(taken[NANO, 1, seed]) < set(taken[NANO, 3, seed])
+    assert not {name for names in taken.values() for name in names} & set(report.settings["test"])
+    assert len({tuple(taken[NANO, 3, seed]) for seed in range(3)}) > 1
+
+
+def test_every_number_is_in_the_results(done):
+    report, out, _ = done
+    saved = json.loads((out / "results.json").read_text())
+    assert saved == json.loads(json.dumps(report.to_dict()))
+    table = {(c["arm"], c["count"], c["seed"]): list(c["scores"].values()) for c in saved["cells"]}
+    for row in saved["comparisons"]:
+        differences = [
+            np.subtract(table[NANO, row["count"], seed], table["scratch", row["count"], seed]) for seed in range(3)
+        ]
+        assert row["difference"] == pytest.approx(np.mean(differences))
+        assert row["zoo"] - row["scratch"] == pytest.approx(row["difference"])
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not [path for path in (out / "cells").iterdir() if path.is_dir()]
+
+
+def test_a_bench_says_first_what_it_will_do_and_then_how_long_it_takes(done):
+    _, _, said = done
+    assert said[0] == "12 trainings of 2 steps to do, 0 done before"
+    assert "11 more in mode linear: about" in said[2]
+
+
+def test_a_probe_scores_what_the_saved_model_would_segment(cases, tmp_path):
+    pool, test = hold_out(cases)
+    config = replace(CONFIG, mode="linear", validation=0.0, steps=30, crop=32, learning_rate=0.05)
+    model = finetune(pool, config, tmp_path / "run", device="cpu")
+    trainings = Trainings(pool, test, config, {}, tmp_path, "cpu")
+    found = trainings._test(model, test[0], config, {})
+    whole = segment(test[0].images[0], model, overlap=room.OVERLAP)
+    truth = read_volume(test[0].label).data
+    assert found == pytest.approx(dice_of_labels(whole.data, truth, {"background": 0} | ORGANS), abs=0.5)
+    assert max(found.values()) > 5
+
+
+def test_dice_is_that_of_the_evaluation():
+    a, b = (np.random.default_rng(seed).integers(0, 4, (9, 8, 7)) for seed in range(2))
+    a[a == 3], b[b == 3] = 2, 0
+    found = dice_of_labels(a, b, {"background": 0, "one": 1, "two": 2, "nowhere": 9})
+    expected = [overlap(a == k, b == k, (1.0, 1.0, 1.0)).dice for k in (1, 2)]
+    assert found == {"one": pytest.approx(100 * expected[0]), "two": pytest.approx(100 * expected[1]), "nowhere": None}
+
+
+def test_models_of_one_shape_share_their_scratch(tmp_path):
+    other, wider = tmp_path / "other", tmp_path / "wider"
+    entry = replace(model_info(NANO), heads=(), sources=())
+    save_pretrained(UNet(3, 8), other, entry=entry)
+    save_pretrained(UNet(3, 16), wider, entry=replace(entry, config=entry.config | {"width": 16}))
+    arms = scratch_arms([NANO, str(other), str(wider)])
+    assert arms == {NANO: "scratch", str(other): "scratch", str(wider): f"scratch of {wider}"}
+
+
+# --- Interruption ---------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def test_an_interrupted_bench_repeats_no_training_and_ends_with_the_same_numbers(cases, done, tmp_path, monkeypatch):
+    begun = []
+
+    def limited(data, config, out, **settings):
+        begun.append(out.name)
+        if len(begun) == 5:
+            raise Killed
+        return finetune(data, config, out, **settings)
+
+    monkeypatch.setattr(room, "finetune", limited)
+    settings = {"counts": [1, 3], "modes": ["linear"], "device": "cpu"}
+    with pytest.raises(Killed):
+        bench(cases, [NANO], CONFIG, tmp_path, **settings)
+    again = bench(cases, [NANO], CONFIG, tmp_path, **settings)
+    assert len(begun) == 13 and begun[4] == begun[5] and len(set(begun)) == 12
+    assert [c["scores"] for c in again.cells] == [c["scores"] for c in done[0].cells]
+
+
+def test_the_features_of_a_frozen_backbone_are_computed_once_for_every_scan(cases, tmp_path, monkeypatch):
+    computed, compute = [], loop.sliding_window
+    monkeypatch.setattr(loop, "sliding_window", lambda *args, **kw: computed.append(1) or compute(*args, **kw))
+    report = bench(cases, [NANO], CONFIG, tmp_path, counts=[1, 2], modes=["linear"], device="cpu")
+    test = len(report.settings["test"])
+    of_zoo = {name for c in report.cells if c["arm"] == NANO for name in c["taken"]}
+    of_scratch = sum(len(c["taken"]) for c in report.cells if (c["arm"], c["count"]) == ("scratch", 2))
+    assert len(computed) == len(of_zoo) + test + of_scratch + 3 * test  # one backbone from scratch a seed
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"config": replace(CONFIG, steps=3)}, "training"), ({"cases": {"liver": LABELS["liver"]}}, "labels")],
+)
+def test_a_folder_with_another_bench_is_refused(cases, folder, done, change, named):
+    data = read_cases(folder, labels=change["cases"]) if "cases" in change else cases
+    with pytest.raises(ArgumentError, match=f"holds a bench with other {named}"):
+        bench(data, [NANO], change.get("config", CONFIG), done[1], counts=[1], modes=["linear"], device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": 2}, "2 seeds"),
+        ({"modes": ["half"]}, "modes half"),
+        ({"counts": [1, 9]}, "counts 1, 9 of 4 labelled subjects"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_trained(cases, tmp_path, change, message):
+    with pytest.raises(ArgumentError, match=message):
+        bench(cases, [NANO], CONFIG, tmp_path, device="cpu", **change)
+
+
+# --- Verdicts -------------------------------------------------------------------------------------------------------
+
+
+def invented(effects):
+    """A bench of invented scores: a zoo arm better than scratch by `effects`, count by count."""
+    random, results = np.random.default_rng(0), {}
+    for count, effect in effects.items():
+        for seed in range(3):
+            scratch = 50 + 10 * random.normal(size=12)
+            for arm, scores in (("scratch", scratch), ("zoo", scratch + effect + random.normal(size=12))):
+                results[Cell(arm, "full", count, seed)] = {"scores": dict(enumerate(scores.tolist()))}
+    rows = compared(results, {"zoo": "scratch"}, ["full"], list(effects), 3)
+    return Bench("segmentation", {"test": [str(i) for i in range(12)]}, (), rows)
+
+
+def test_the_verdict_names_the_gain_with_its_interval_and_where_there_is_none():
+    [text] = invented({1: 12.0, 3: 0.0}).verdicts
+    assert re.match(r"zoo, full: helps by 1[12]\.\d \+- \d\.\d Dice at 1 scan; ", text)
+    assert text.endswith("no sure difference at 3 scans")
+
+
+def test_the_verdict_does_not_flatter():
+    assert invented({1: 0.0, 3: 0.0}).verdicts == ["zoo, full: does not help here: no sure difference at 1, 3 scans"]
+    assert re.match(r"zoo, full: hurts by [78]\.\d \+- 1\.\d Dice at 3 scans$", invented({3: -8.0}).verdicts[0])
+
+
+def test_pairs_make_a_difference_sure_that_the_spread_of_cases_would_hide():
+    [row] = invented({1: 2.0}).comparisons
+    assert row.effect == "helps" and row.half < 2 < 10
+
+
+def test_more_comparisons_ask_for_more_evidence():
+    alone, among = invented({1: 2.0}).comparisons[0], invented({1: 2.0, 3: 0.0, 5: 0.0}).comparisons[0]
+    assert alone.p == pytest.approx(among.p) and among.p_corrected == pytest.approx(3 * alone.p_corrected)
+
+
+# --- The command, and other tasks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_command_prints_tables_and_verdicts(folder, tmp_path):
+    words = ["bench", "--data", str(folder), "--labels", ",".join(f"{k}={v}" for k, v in ORGANS.items())]
+    words += ["--counts", "1", "--steps", "1", "--set", "crop=16", "--device", "cpu", "-o", str(tmp_path)]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    assert f"{NANO}, full: " in result.output and f"{NANO}, linear: " in result.output
+    assert "12 trainings of 1 steps to do" in result.output
+    again = CliRunner().invoke(main, [*words, "--json"])
+    assert "0 trainings of 1 steps to do, 12 done before" in again.stderr
+    assert len(json.loads(again.stdout)["cells"]) == 12
+
+
+@pytest.mark.slow
+def test_classes_of_scans_are_scored_by_whether_the_most_probable_is_right(folder, tmp_path):
+    data = read_cases(folder / "classes.csv", task="classification")
+    config = replace(CONFIG, task="classification", crop=16)
+    report = bench(data, [NANO], config, tmp_path, counts=[4], device="cpu")
+    assert {value for c in report.cells for value in c["scores"].values()} <= {0.0, 100.0}
+    assert all(sum(row.values()) == pytest.approx(100) for c in report.cells for row in c["details"].values())
+
+
+@pytest.mark.slow
+def test_films_are_segmented_too(tmp_path):
+    model = tmp_path / "films"
+    entry = replace(model_info("gvsl-unet-xray"), status="available", heads=(), config={"ndim": 2, "width": 8})
+    save_pretrained(UNet(2, 8, generator=torch.Generator().manual_seed(0)), model, entry=entry)
+    from PIL import Image
+
+    for part in ("images", "labels"):
+        (tmp_path / "mine" / part).mkdir(parents=True)
+    for seed in range(4):
+        film = sample_film((48, 48), torch.Generator().manual_seed(seed))
+        Image.fromarray((255 * film.image.numpy()).astype(np.uint8)).save(tmp_path / f"mine/images/{seed}.png")
+        Image.fromarray(film.masks[0].numpy().astype(np.uint8)).save(tmp_path / f"mine/labels/{seed}.png")
+    data = read_cases(tmp_path / "mine", labels={"lungs": 1})
+    report = bench(data, [str(model)], replace(CONFIG, crop=32), tmp_path / "out", counts=[2], device="cpu")
+    assert len(report.cells) == 12 and all(0 <= v <= 100 for c in report.cells for v in c["scores"].values())

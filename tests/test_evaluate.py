@@ -1,0 +1,249 @@
+"""Tests of the evaluation: metrics against their definitions, what is absent is said, and the command."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from gvsl_zoo.cli import main
+from gvsl_zoo.errors import ArgumentError, VolumeError
+from gvsl_zoo.pretrain.anatomy import LABELS, sample_subject
+from gvsl_zoo.transfer.evaluate import evaluate, overlap
+from gvsl_zoo.volume import Volume, write_volume
+
+AFFINE = np.diag([1.5, 2.0, 4.0, 1.0])
+SPACINGS = [(1.0, 1.0, 1.0), (0.8, 1.7, 5.0)]
+
+
+def cube(start, size=10, shape=(24, 24, 24)):
+    mask = np.zeros(shape, bool)
+    mask[tuple(slice(s, s + size) for s in start)] = True
+    return mask
+
+
+def blob(seed, shape=(14, 13, 11)):
+    """A smooth random region."""
+    noise = torch.randn(1, 1, *shape, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.avg_pool3d(noise, 5, 1, 2)[0, 0].numpy() > 0.02
+
+
+def distances_by_definition(a, b, spacing_mm):
+    """From every boundary voxel of each mask to the nearest of the other, by comparing all pairs."""
+
+    def boundary(mask):
+        padded, inner, inside = np.pad(mask, 1), mask.copy(), (slice(1, -1),) * mask.ndim
+        for axis in range(mask.ndim):
+            for step in (-1, 1):
+                inner &= np.roll(padded, step, axis)[inside]
+        return np.argwhere(mask & ~inner) * spacing_mm
+
+    apart = np.linalg.norm(boundary(a)[:, None] - boundary(b)[None], axis=-1)
+    return apart.min(1), apart.min(0)
+
+
+@pytest.mark.parametrize("spacing_mm", SPACINGS)
+@pytest.mark.parametrize("seeds", [(0, 1), (2, 3), (4, 5)])
+def test_the_metrics_are_those_of_their_definitions(seeds, spacing_mm):
+    a, b = map(blob, seeds)
+    there, back = distances_by_definition(a, b, spacing_mm)
+    found = overlap(a, b, spacing_mm, tolerance_mm=1.6)
+    assert found.dice == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+    assert found.hd95_mm == pytest.approx(max(np.percentile(there, 95), np.percentile(back, 95)), rel=1e-5)
+    close = (there <= 1.6 + 1e-9).sum() + (back <= 1.6 + 1e-9).sum()
+    assert found.surface_dice == pytest.approx(close / (len(there) + len(back)))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("spacing_mm", SPACINGS)
+def test_a_shifted_cube_has_the_distance_of_its_shift_in_millimetres(axis, spacing_mm):
+    start = [5, 5, 5]
+    start[axis] += 3
+    found = overlap(cube(start), cube([5, 5, 5]), spacing_mm, tolerance_mm=3 * spacing_mm[axis] + 0.01)
+    assert found.dice == pytest.approx(0.7)
+    assert found.hd95_mm == pytest.approx(3 * spacing_mm[axis])
+    assert found.surface_dice == 1
+
+
+def test_the_surface_dice_says_what_share_lies_within_the_tolerance():
+    a, b = cube([5, 5, 5]), cube([5, 5, 7])
+    moved = overlap(a, b, (1.0, 1.0, 1.0), tolerance_mm=1.0).surface_dice
+    assert 0.5 < moved < 1  # four of six faces slide along themselves
+    assert overlap(a, b, (1.0, 1.0, 0.5), tolerance_mm=1.0).surface_dice == 1
+
+
+def test_a_perfect_prediction_is_perfect_and_the_metrics_are_symmetric():
+    a, b = blob(0), blob(1)
+    assert overlap(a, a, (1.0, 2.0, 3.0)) == ("both", 1.0, 0.0, 1.0)
+    assert overlap(a, b, (1.0, 2.0, 3.0)) == pytest.approx(overlap(b, a, (1.0, 2.0, 3.0)))
+
+
+def test_a_film_is_measured_in_its_plane():
+    a, b = blob(0)[:, :, 4], blob(1)[:, :, 4]
+    there, back = distances_by_definition(a, b, (0.5, 2.0))
+    found = overlap(a[:, :, None], b[:, :, None], (0.5, 2.0, 9.0), tolerance_mm=0.6)
+    assert found.hd95_mm == pytest.approx(max(np.percentile(there, 95), np.percentile(back, 95)), rel=1e-5)
+    assert found.surface_dice == pytest.approx(((there < 0.6).sum() + (back < 0.6).sum()) / (len(there) + len(back)))
+
+
+def test_what_is_absent_is_named_and_no_number_is_made_up():
+    full, empty = blob(0), np.zeros_like(blob(0))
+    assert overlap(empty, full, (1.0, 1.0, 1.0)) == ("missed", 0.0, None, 0.0)
+    assert overlap(full, empty, (1.0, 1.0, 1.0)) == ("invented", 0.0, None, 0.0)
+    assert overlap(empty, empty, (1.0, 1.0, 1.0)) == ("absent", None, None, None)
+
+
+def write(folder, name, labels, affine=AFFINE):
+    folder.mkdir(parents=True, exist_ok=True)
+    write_volume(Volume(np.asarray(labels, np.uint8), affine), folder / f"{name}.nii.gz")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Three cases: one perfect, one with label 2 missed and 3 invented, one whose prediction is not there."""
+    truth = cube([2, 2, 2]) + 2 * cube([13, 13, 13])
+    for name in "abc":
+        write(tmp_path / "truth", name, truth)
+    write(tmp_path / "predicted", "a", truth)
+    write(tmp_path / "predicted", "b", np.where(truth == 2, 3, truth))
+    return tmp_path
+
+
+def test_means_count_the_cases_that_have_a_value(folders):
+    found = evaluate(folders / "predicted", folders / "truth")
+    assert found.missing == ("c",) and found.labels == ("1", "2", "3")
+    rows = found.summary["labels"]
+    assert rows["1"]["dice"]["mean"] == 1 and rows["1"]["found"]["both"] == 2
+    assert rows["2"]["dice"]["mean"] == 0.5 and rows["2"]["found"] == {
+        "both": 1,
+        "missed": 1,
+        "invented": 0,
+        "absent": 0,
+    }
+    assert rows["2"]["hd95_mm"] == {"mean": 0.0, "low": None, "high": None, "n": 1}
+    assert rows["3"]["found"]["invented"] == 1 and rows["3"]["found"]["absent"] == 1
+    assert rows["3"]["dice"] == {"mean": 0.0, "low": None, "high": None, "n": 1}
+    assert rows["3"]["hd95_mm"]["mean"] is None
+    assert found.summary["mean over labels"]["dice"]["mean"] == pytest.approx((1 + 1 / 3) / 2)
+
+
+def test_named_labels_are_the_ones_scored(folders):
+    found = evaluate(folders / "predicted", folders / "truth", labels={"liver": 1})
+    assert {score.label for score in found.scores} == {"liver"}
+    assert found.scores[0].reference_ml == pytest.approx(1000 * 1.5 * 2 * 4 / 1000)
+
+
+def test_of_a_data_set_its_test_cases_count_under_their_names(folders):
+    scans, predicted = folders / "set", folders / "predicted"
+    for part, names in (("Tr", "ab"), ("Ts", "c")):
+        for name in names:
+            write(scans / f"labels{part}", name, cube([2, 2, 2]))
+            write(scans / f"images{part}", f"{name}_0000", cube([2, 2, 2]))
+    (scans / "dataset.json").write_text(
+        json.dumps({"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz"})
+    )
+    write(predicted, "c_0000", cube([2, 2, 2]))  # as gvsl-zoo segment names it
+    assert [(s.case, s.label, s.overlap.dice) for s in evaluate(predicted, scans).scores] == [("c", "liver", 1.0)]
+
+
+def test_a_prediction_on_another_grid_is_refused_by_the_name_of_its_case(folders):
+    moved = AFFINE.copy()
+    moved[0, 3] = 1.0
+    write(folders / "predicted", "c", cube([2, 2, 2]), moved)
+    with pytest.raises(VolumeError, match=r"case 'c': prediction and reference lie up to 1 mm apart"):
+        evaluate(folders / "predicted", folders / "truth")
+    (folders / "predicted/c.nii.gz").unlink()
+    write(folders / "predicted", "c", cube([2, 2, 2], shape=(24, 24, 20)))
+    with pytest.raises(VolumeError, match=r"case 'c': the prediction has \(24, 24, 20\) voxels"):
+        evaluate(folders / "predicted", folders / "truth")
+
+
+def test_probabilities_are_not_taken_for_labels(folders):
+    write_volume(Volume(np.full((24, 24, 24), 0.4, np.float32), AFFINE), folders / "predicted/c.nii.gz")
+    with pytest.raises(VolumeError, match="holds fractions, not labels"):
+        evaluate(folders / "predicted", folders / "truth")
+
+
+def test_names_that_do_not_meet_are_shown(tmp_path):
+    write(tmp_path / "truth", "a", cube([2, 2, 2]))
+    write(tmp_path / "predicted", "b", cube([2, 2, 2]))
+    with pytest.raises(ArgumentError, match="has b, the references are a"):
+        evaluate(tmp_path / "predicted", tmp_path / "truth")
+
+
+def test_two_files_belong_together_whatever_their_names(tmp_path):
+    write(tmp_path, "a", cube([2, 2, 2]))
+    write(tmp_path, "b", cube([3, 2, 2]))
+    found = evaluate(tmp_path / "b.nii.gz", tmp_path / "a.nii.gz")
+    assert [(s.case, s.overlap.dice) for s in found.scores] == [("a", pytest.approx(0.9))]
+
+
+def test_the_command_scores_synthetic_organs_and_its_exit_code_tells_of_a_missing_case(tmp_path):
+    for seed, name in enumerate("ab"):
+        labels = sample_subject((24, 24, 28), torch.Generator().manual_seed(seed), (10.0, 10.0, 10.0)).labels
+        write(tmp_path / "truth", name, labels.permute(2, 1, 0), np.diag([10.0, 10.0, 10.0, 1.0]))
+        if name == "a":
+            write(tmp_path / "predicted", name, labels.permute(2, 1, 0), np.diag([10.0, 10.0, 10.0, 1.0]))
+    named = ",".join(f"{organ}={LABELS[organ]}" for organ in ("liver", "aorta"))
+    words = ["evaluate", "--predictions", str(tmp_path / "predicted"), "--references", str(tmp_path / "truth")]
+    result = CliRunner().invoke(main, [*words, "--labels", named, "-o", str(tmp_path / "out")])
+    assert result.exit_code == 1, result.output
+    assert "liver" in result.output and "without a prediction: b" in result.output
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["missing"] == ["b"] and summary["labels"]["aorta"]["dice"]["mean"] == 1
+    with (tmp_path / "out/scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["case"], r["label"], r["found"], r["hd95_mm"]) for r in rows] == [
+        ("a", "liver", "both", "0.0"),
+        ("a", "aorta", "both", "0.0"),
+    ]
+    assert (tmp_path / "out/scores.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- Classification -------------------------------------------------------------------------------------------------
+
+
+def tables(folder, probabilities, truth):
+    (folder / "p.csv").write_text(
+        "case,healthy,ill\n" + "".join(f"c{i},{1 - p},{p}\n" for i, p in enumerate(probabilities))
+    )
+    (folder / "r.csv").write_text("case,label\n" + "".join(f"c{i},{t}\n" for i, t in enumerate(truth)))
+    return folder / "p.csv", folder / "r.csv"
+
+
+def test_auc_is_the_share_of_pairs_in_order_ties_counting_half(tmp_path):
+    random = np.random.default_rng(0)
+    scores, ill = random.integers(0, 10, 40) / 10, random.random(40) < 0.4
+    found = evaluate(*tables(tmp_path, scores, ["ill" if i else "healthy" for i in ill]), task="classification")
+    above, equal = (f(scores[ill][:, None], scores[~ill]).mean() for f in (np.greater, np.equal))
+    for name in ("healthy", "ill"):
+        assert found.summary["labels"][name]["auc"]["mean"] == pytest.approx(above + equal / 2)
+    assert found.summary["accuracy"]["mean"] == pytest.approx(((scores > 0.5) == ill).mean())
+
+
+def test_a_class_without_a_case_has_no_auc(tmp_path):
+    found = evaluate(*tables(tmp_path, [0.2, 0.7], ["ill", "ill"]), task="classification")
+    assert found.summary["labels"]["ill"]["auc"]["mean"] is None and found.summary["mean auc"] is None
+
+
+@pytest.mark.parametrize("wrong", ["nan", "1.2", "", "yes"])
+def test_what_is_no_probability_is_refused_by_the_name_of_its_case(tmp_path, wrong):
+    predictions, references = tables(tmp_path, [0.2], ["ill", "ill"])
+    predictions.write_text(predictions.read_text() + f"c1,0.5,{wrong}\n")
+    with pytest.raises(ArgumentError, match=r"case 'c1' has no probabilities"):
+        evaluate(predictions, references, task="classification")
+
+
+def test_the_command_scores_classes(tmp_path):
+    predictions, references = tables(tmp_path, [0.2, 0.7, 0.6, 0.1], ["healthy", "ill", "healthy", "healthy"])
+    words = ["evaluate", "--predictions", str(predictions), "--references", str(references), "--task", "classification"]
+    result = CliRunner().invoke(main, [*words, "-o", str(tmp_path / "out"), "--json"])
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.output)
+    assert printed["accuracy"]["mean"] == 0.75 and printed["labels"]["ill"]["auc"]["mean"] == 1
+    assert {path.name for path in Path(tmp_path / "out").iterdir()} == {"scores.csv", "summary.json", "scores.png"}

@@ -1,0 +1,88 @@
+"""Tests of the intervals and tests: closed forms, published numbers, and coverage of the truth in simulated benches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from gvsl_zoo.transfer.statistics import auc_interval, compare, holm, mean_interval, proportion_interval
+
+
+def test_the_interval_of_a_mean_is_students():
+    values = [0.7, 0.8, 0.65, 0.9]
+    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    assert mean_interval(values) == pytest.approx((np.mean(values), low, high, 4))
+
+
+def test_an_interval_stays_within_what_the_metric_can_be():
+    assert mean_interval([0.99, 1.0, 0.9], (0.0, 1.0)).high == 1.0
+
+
+@pytest.mark.parametrize(("values", "mean"), [([], None), ([0.5], 0.5)])
+def test_nothing_is_claimed_from_fewer_than_two_values(values, mean):
+    assert mean_interval(values) == (mean, None, None, len(values))
+
+
+@pytest.mark.parametrize("successes", [0, 3, 17, 20])
+def test_the_interval_of_a_proportion_is_wilsons(successes):
+    expected = stats.binomtest(successes, 20).proportion_ci(method="wilson")
+    assert proportion_interval(successes, 20)[1:3] == pytest.approx((expected.low, expected.high))
+
+
+def test_the_interval_of_an_auc_turns_over_with_the_classes_and_is_not_a_point_at_1():
+    low, high = auc_interval(0.8, 12, 30)[1:3]
+    assert auc_interval(0.2, 12, 30)[1:3] == pytest.approx((1 - high, 1 - low))
+    perfect = auc_interval(1.0, 10, 10)
+    assert perfect.high == 1 and 0.75 < perfect.low < 0.95
+
+
+def test_the_interval_of_an_auc_covers_the_truth():
+    random, truth, covered = np.random.default_rng(0), stats.norm.cdf(1.2 / np.sqrt(2)), 0
+    for _ in range(400):
+        positive, negative = random.normal(1.2, 1, 15), random.normal(0, 1, 20)
+        auc = (positive[:, None] > negative).mean()
+        _, low, high, _ = auc_interval(float(auc), 15, 20)
+        covered += low <= truth <= high
+    assert covered / 400 > 0.92
+
+
+@pytest.mark.parametrize("spread", [(1.0, 1.0, 1.0), (2.0, 1.0, 0.3), (0.3, 2.0, 1.0), (0.0, 0.0, 1.0)])
+@pytest.mark.parametrize("shape", [(3, 20), (3, 3), (5, 10)])
+def test_the_interval_of_a_comparison_covers_the_truth_wherever_the_spread_comes_from(shape, spread):
+    random, covered, (seeds, cases), runs = np.random.default_rng(0), 0, shape, 400
+    for _ in range(runs):
+        of_seed, of_case = random.normal(size=(seeds, 1)), random.normal(size=(1, cases))
+        rest = random.normal(size=shape)
+        result = compare(5 + spread[0] * of_seed + spread[1] * of_case + spread[2] * rest)
+        covered += abs(result.mean - 5) <= result.half
+    assert covered / runs > 0.925
+
+
+def test_p_is_below_5_percent_exactly_where_the_interval_leaves_out_0():
+    random = np.random.default_rng(1)
+    results = [compare(random.normal(1, 1, (3, 6))) for _ in range(200)]
+    assert all((r.p < 0.05) == (abs(r.mean) > r.half) for r in results)
+    assert 0 < sum(r.p < 0.05 for r in results) < 200
+
+
+def test_with_one_test_case_a_comparison_is_students_paired_test_over_the_seeds():
+    differences = np.array([[1.0], [3.0], [2.5]])
+    expected = stats.ttest_1samp(differences[:, 0], 0)
+    assert compare(differences).p == pytest.approx(expected.pvalue)
+
+
+def test_seeds_that_disagree_widen_the_interval_however_many_cases_agree():
+    agreeing = np.tile(np.linspace(1, 2, 50), (3, 1))
+    disagreeing = agreeing + np.array([[-3.0], [0.0], [3.0]])
+    assert compare(disagreeing).half > 5 * compare(agreeing).half
+
+
+def test_the_same_difference_everywhere_is_certain():
+    assert compare(np.full((3, 4), 2.0)) == (2.0, 0.0, 0.0)
+    assert compare(np.zeros((3, 4))) == (0.0, 0.0, 1.0)
+
+
+def test_holm_corrects_the_smallest_p_most_and_keeps_the_order():
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
