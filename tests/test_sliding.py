@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from gvsl_zoo.errors import ArgumentError
-from gvsl_zoo.inference.sliding import Windows, sliding_slabs, sliding_window
+from gvsl_zoo.inference.sliding import Windows, ready_copy, sliding_slabs, sliding_window
+from gvsl_zoo.models.unet import UNet
 
 GRIDS = list(itertools.product([1, 2, 7, 16, 33, 64], [1, 3, 8, 20], [0.0, 0.25, 0.5, 0.8, 0.95]))
 
@@ -105,6 +106,45 @@ def test_progress_counts_every_window_once() -> None:
         image(1, 1, 20, 20), lambda x: x, window=(8, 8), batch_size=4, progress=lambda *now: seen.append(now)
     )
     assert seen == [(n, 9) for n in range(1, 10)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_windows_below_the_level_are_taken_as_nothing_but_the_first_one(batch_size: int) -> None:
+    x, seen = torch.zeros(1, 1, 8, 40), []
+    x[..., 22:26] = 1
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.extend(x[:, 0, 0, 0].tolist())
+        return x + 5
+
+    progress: list[int] = []
+    out = sliding_window(
+        x,
+        function,
+        window=(8, 8),
+        overlap=0,
+        batch_size=batch_size,
+        empty_below=0.5,
+        progress=lambda n, _: progress.append(n),
+    )
+    assert len(seen) == 3 and progress == [1, 2, 3, 4, 5]  # the first, 16 to 24, 24 to 32
+    assert (out[..., :8] == 5).all() and not out[..., 8:16].any() and not out[..., 32:].any()
+    torch.testing.assert_close(out[..., 16:32], x[..., 16:32] + 5)
+
+
+def test_an_image_that_lies_wholly_below_the_level_is_computed() -> None:
+    out = sliding_window(torch.zeros(1, 1, 20, 8), lambda x: x + 1, window=(8, 8), empty_below=0.5)
+    torch.testing.assert_close(out, torch.ones_like(out))
+
+
+def test_a_ready_copy_computes_the_same_and_leaves_the_module_alone() -> None:
+    module, x = UNet(3, 8, generator=torch.Generator().manual_seed(0)).train(), image(1, 1, 16, 16, 16)
+    copy = ready_copy(module)
+    assert module.training and not copy.training
+    assert module.inc.double_conv[0].weight.is_contiguous()
+    assert copy.down1.maxpool_conv[1].double_conv[0].weight.is_contiguous(memory_format=torch.channels_last_3d)
+    with torch.inference_mode():
+        torch.testing.assert_close(copy(x), module.eval()(x), rtol=1e-4, atol=1e-4)
 
 
 def test_bf16_is_close_to_float32_and_blended_in_float32() -> None:

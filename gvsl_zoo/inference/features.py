@@ -6,10 +6,10 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ..errors import ArgumentError, VolumeError
 from ..models.backbone import Backbone, pad_to_multiple
 from ..volume import MAX_BYTES, Prepared, Preprocessing, Volume, prepare, read_volume
 from ..weights import write_whole
-from .sliding import Progress, Windows, evaluate, sliding_slabs
+from .sliding import Progress, Windows, evaluate, ready_copy, sliding_slabs
 
 WINDOW = (96, 96, 96)  # voxels; the crop of He et al. 2023
 BODY_LEVEL = 0.03  # of the model's intensity range: above -963 HU (CT), lung included, the air outside not
@@ -98,26 +98,25 @@ def dense_features(
     """
     if grid not in GRIDS:
         raise ArgumentError(f"grid {grid!r}", "use 'scan' or 'model'")
-    backbone = _backbone(model)
+    backbone = backbone_of(model)
     voxels = max(prepared.image.numel(), int(np.prod(prepared.source.shape)) if grid == "scan" else 0)
     if isinstance(backbone, Backbone):
         _check_bytes(voxels, backbone.num_features, max_bytes)
     out = torch.empty(0)
-    with _evaluation(backbone):
-        for start, slab in sliding_slabs(
-            prepared.image,
-            _repeating(backbone),
-            window=window,
-            overlap=overlap,
-            batch_size=batch_size,
-            precision=precision,
-            device=_device(backbone),
-            progress=progress,
-        ):
-            if start == 0:
-                _check_bytes(voxels, len(slab), max_bytes)
-                out = torch.empty(len(slab), *prepared.shape)
-            out[:, start : start + slab.shape[1]] = slab
+    for start, slab in sliding_slabs(
+        repeated(prepared.image, backbone),
+        ready_copy(backbone),
+        window=window,
+        overlap=overlap,
+        batch_size=batch_size,
+        precision=precision,
+        device=device_of(backbone),
+        progress=progress,
+    ):
+        if start == 0:
+            _check_bytes(voxels, len(slab), max_bytes)
+            out = torch.empty(len(slab), *prepared.shape)
+        out[:, start : start + slab.shape[1]] = slab
     return out
 
 
@@ -145,13 +144,13 @@ def pooled_features(
     Errors: as for `features`; VolumeError for a mask on another grid or without a voxel; ArgumentError for a model that
         has no bottleneck.
     """
-    backbone = _backbone(model)
+    backbone = backbone_of(model)
     if not isinstance(backbone, Backbone):
         raise ArgumentError(f"{type(backbone).__name__} has no bottleneck", "give a backbone, or a module that has one")
     prepared = prepare_for(volume, model)
-    image = prepared.image
-    counted = body(prepared, model).float() if mask is None else _mask_on_grid(mask, prepared)
-    device, function = _device(backbone), _repeating(backbone, "forward_features")
+    image = repeated(prepared.image, backbone)
+    counted = body(prepared, model).float() if mask is None else mask_on_grid(mask, prepared)
+    device, function = device_of(backbone), backbone.forward_features
     sums = [torch.zeros(c, dtype=torch.float64) for c in (backbone.feature_info[-1].channels, backbone.num_features)]
     windows = Windows(prepared.shape, tuple(window), overlap)
     with _evaluation(backbone):
@@ -231,19 +230,24 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
 def prepare_for(volume: Volume | str | os.PathLike[str], model: nn.Module) -> Prepared:
     """The scan, given or read, on the grid of a 3D model."""
     preprocessing = preprocessing_of(model)
-    if getattr(_backbone(model), "ndim", 3) != 3:
+    if getattr(backbone_of(model), "ndim", 3) != 3:
         raise ArgumentError("a 2D model for a volume", "choose a 3D model: gvsl_zoo.list_models(ndim=3)")
     return prepare(volume if isinstance(volume, Volume) else read_volume(volume), preprocessing)
 
 
 def body(prepared: Prepared, model: nn.Module) -> Tensor:
     """Where there is more than air, (D, H, W) bool: above 3 % of the intensity range; everywhere if that is nowhere."""
-    low, high = preprocessing_of(model).scale
-    inside = prepared.image[0, 0] > low + BODY_LEVEL * (high - low)
+    inside = prepared.image[0, 0] > body_level(model)
     return inside if inside.any() else torch.ones_like(inside)
 
 
-def _mask_on_grid(mask: Volume | str | os.PathLike[str], prepared: Prepared) -> Tensor:
+def body_level(model: nn.Module) -> float:
+    """The value of the model's input above which there is more than air."""
+    low, high = preprocessing_of(model).scale
+    return low + BODY_LEVEL * (high - low)
+
+
+def mask_on_grid(mask: Volume | str | os.PathLike[str], prepared: Prepared) -> Tensor:
     """The part of every voxel of the model's grid that the mask covers, (D, H, W) float32 in [0, 1]."""
     mask = mask if isinstance(mask, Volume) else read_volume(mask)
     source = prepared.source
@@ -261,20 +265,24 @@ def _mask_on_grid(mask: Volume | str | os.PathLike[str], prepared: Prepared) -> 
         return prepare(Volume(data, mask.affine), coarse).image[0, 0]
 
 
-def _backbone(model: nn.Module) -> nn.Module:
+def backbone_of(model: nn.Module) -> nn.Module:
     """What gives the features: the module's backbone, or the module itself."""
-    inner = getattr(model, "unet", None)
-    return inner if isinstance(inner, Backbone) else model
+    inner = (getattr(model, name, None) for name in ("unet", "backbone"))
+    return next((module for module in inner if isinstance(module, Backbone)), model)
 
 
-def _repeating(backbone: nn.Module, method: str = "forward") -> Callable[[Tensor], Any]:
-    """A call that gives every input channel of the model the same image."""
-    channels = getattr(backbone, "in_chans", 1)
-    call = backbone if method == "forward" else getattr(backbone, method)
-    return lambda x: call(x.expand(-1, channels, *x.shape[2:]))
+def repeated(image: Tensor, model: nn.Module) -> Tensor:
+    """An image of one channel in every channel that the model takes; one of several as it is."""
+    return image.expand(-1, channels_of(model), *image.shape[2:])
 
 
-def _device(model: nn.Module) -> torch.device:
+def channels_of(model: nn.Module) -> int:
+    """Image channels that a model takes."""
+    return int(getattr(backbone_of(model), "in_chans", 1))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters lie; the CPU when it has none."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
