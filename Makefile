@@ -1,11 +1,12 @@
-# make demo | test | test-oldest-hub | lint | examples | bench | wheel: each works alone, from a clean clone, and makes .venv first.
+# make demo | test | test-oldest-hub | test-nnunet | lint | examples | bench | wheel: each works alone, from a clean clone, and makes .venv first.
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 OLDEST_HUB = $(VENV)/oldest-hub
+NNUNET = $(VENV)/nnunet
 
-.PHONY: demo test test-oldest-hub lint examples bench wheel
+.PHONY: demo test test-oldest-hub test-nnunet lint examples bench wheel
 
 demo: $(READY)
 	$(BIN)/gvsl-zoo demo --output demo
@@ -15,6 +16,9 @@ test: $(READY)
 
 test-oldest-hub: $(READY) $(OLDEST_HUB)
 	PYTHONPATH=$(OLDEST_HUB) $(BIN)/python -m pytest tests/test_hub.py tests/test_hub_server.py tests/test_sources.py tests/test_share.py
+
+test-nnunet: $(READY) $(NNUNET)
+	PYTHONPATH=$(abspath $(NNUNET)) $(BIN)/python -m pytest tests/test_nnunet.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -30,6 +34,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.augment
 	$(BIN)/python -m benchmarks.feed
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.sliding
 	$(BIN)/python scripts/model_table.py
 
 wheel: $(READY)
@@ -37,6 +42,9 @@ wheel: $(READY)
 
 $(OLDEST_HUB): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ huggingface_hub==1.0.0
+
+$(NNUNET): $(READY) tests/nnunet.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ -r tests/nnunet.txt
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
