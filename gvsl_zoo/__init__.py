@@ -16,10 +16,27 @@ if TYPE_CHECKING:
     from .errors import WeightsError as WeightsError
     from .inference.features import features as features
     from .inference.features import pooled_features as pooled_features
+    from .inference.register import Registration as Registration
+    from .inference.register import register as register
+    from .inference.segment import segment as segment
+    from .inference.support import fit_support as fit_support
     from .registry import ModelEntry as ModelEntry
     from .registry import list_models as list_models
     from .registry import model_info as model_info
     from .registry import register_registry as register_registry
+    from .surgery import TransplantReport as TransplantReport
+    from .surgery import transplant as transplant
+    from .transfer.cases import read_cases as read_cases
+    from .transfer.config import FinetuneConfig as FinetuneConfig
+    from .transfer.finetune import finetune as finetune
+    from .transforms import Affine as Affine
+    from .transforms import Chain as Chain
+    from .transforms import Displacement as Displacement
+    from .transforms import Grid as Grid
+    from .transforms import read_transform as read_transform
+    from .transforms import to_displacement as to_displacement
+    from .transforms import warp_volume as warp_volume
+    from .transforms import write_transform as write_transform
     from .volume import Volume as Volume
     from .volume import read_volume as read_volume
     from .volume import write_volume as write_volume
@@ -32,7 +49,24 @@ _HOMES = {
     "conversion": ("ConversionReport", "convert"),
     "errors": ("ArgumentError", "GvslZooError", "RegistryError", "SourceError", "VolumeError", "WeightsError"),
     "inference.features": ("features", "pooled_features"),
+    "inference.segment": ("segment",),
+    "inference.support": ("fit_support",),
+    "inference.register": ("Registration", "register"),
     "registry": ("ModelEntry", "list_models", "model_info", "register_registry"),
+    "surgery": ("TransplantReport", "transplant"),
+    "transforms": (
+        "Affine",
+        "Chain",
+        "Displacement",
+        "Grid",
+        "read_transform",
+        "to_displacement",
+        "warp_volume",
+        "write_transform",
+    ),
+    "transfer.cases": ("read_cases",),
+    "transfer.config": ("FinetuneConfig",),
+    "transfer.finetune": ("finetune",),
     "volume": ("Volume", "read_volume", "write_volume"),
     "zoo": ("from_pretrained", "load", "push_to_hub", "save_pretrained"),
 }

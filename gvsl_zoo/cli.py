@@ -15,6 +15,7 @@ from . import __version__
 from .errors import ArgumentError, GvslZooError
 
 DEFAULT_MODEL = "gvsl-unet-ct-nano"
+TERMS = ("ncc", "smoothness", "restoration", "cross_entropy", "soft_dice_loss")  # shown while training
 
 
 class Commands(click.Group):
@@ -176,16 +177,27 @@ def convert_command(source: Path, destination: Path, name: str | None, overwrite
     "--output",
     required=True,
     type=click.Path(path_type=Path),
-    help="A .safetensors file, or a folder (a mirror).",
+    help="A .safetensors file, a folder (a mirror), or an .onnx file.",
 )
+@click.option("--task", help="Of an .onnx file: backbone (the default), or the task of a trained head.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 @with_cache_dir
 @with_json
-def export_command(name: str, output: Path, overwrite: bool, cache_dir: Path | None, as_json: bool) -> None:
-    """Write the model NAME with its card as one file, for a machine without network."""
+def export_command(
+    name: str, output: Path, task: str | None, overwrite: bool, cache_dir: Path | None, as_json: bool
+) -> None:
+    """Write the model NAME with its card as one file, for a machine without network, or as ONNX."""
     from . import sources
 
-    path = sources.export_bundle(name, output, sources.Access(cache_dir), overwrite=overwrite)
+    if output.suffix == ".onnx":
+        from .integrations.onnx import export_onnx
+        from .zoo import load
+
+        path = export_onnx(load(name, task=task or "backbone", cache_dir=cache_dir), output, overwrite=overwrite)
+    elif task:
+        raise ArgumentError(f"--task with {output}", "it goes with an .onnx file; other outputs hold all tasks")
+    else:
+        path = sources.export_bundle(name, output, sources.Access(cache_dir), overwrite=overwrite)
     show({"model": name, "output": str(path), "bytes": path.stat().st_size}, as_json)
 
 
@@ -319,7 +331,7 @@ def show_cached(models: list[Any], as_json: bool) -> None:
 
 
 @main.command("features")
-@click.option("-i", "--input", "scan", required=True, type=click.Path(path_type=Path), help="Scan, .nii or .nii.gz.")
+@click.option("-i", "--input", "scan", required=True, type=click.Path(path_type=Path), help="Scan: NIfTI or DICOM.")
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help=".nii.gz; with --pool .npz, .json."
 )
@@ -382,6 +394,121 @@ def features_command(
     show(facts, as_json)
 
 
+@main.command("segment")
+@click.option(
+    "-i",
+    "--input",
+    "scans",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Scan (.nii, .nii.gz, DICOM series), or a folder of scans; once a channel.",
+)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=".nii.gz, or a folder.")
+@click.option(
+    "--support",
+    "supports",
+    nargs=2,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="SCAN LABELS",
+    help="A labelled scan, whose labels a model without a trained head carries over; as often as you like.",
+)
+@click.option(
+    "--atlas",
+    "atlases",
+    nargs=2,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="SCAN LABELS",
+    help="Instead: a labelled scan to register onto this one, whose labels it takes over; as often as you like.",
+)
+@click.option("--mirror", is_flag=True, help="Average over mirror images: eight times the work.")
+@click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True)
+@click.option("--picture", type=click.Path(path_type=Path), help="PNG of the labels over the scan.")
+@click.option("--overwrite", is_flag=True, help="Replace outputs that exist; a folder goes on without them otherwise.")
+@click.option("--cluster", help="A dask scheduler (tcp://HOST:PORT), whose workers segment the folder.")
+@with_model
+@with_json
+def segment_command(
+    scans: tuple[Path, ...],
+    output: Path,
+    supports: tuple[tuple[Path, Path], ...],
+    atlases: tuple[tuple[Path, Path], ...],
+    mirror: bool,
+    precision: str,
+    picture: Path | None,
+    overwrite: bool,
+    cluster: str | None,
+    name: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Segment a scan, or every scan below a folder, with a fine-tuned model; or from labelled scans, without training:
+    by the model's features (--support) or by registration (--atlas).
+    """
+    from .inference import segment as room
+    from .inference.atlas import segment_by_atlas
+    from .inference.support import fit_support
+    from .report import labels_picture
+    from .volume import check_output, dicom_files, read_volume, write_volume
+    from .zoo import load
+
+    folder = scans[0] if len(scans) == 1 and scans[0].is_dir() and not dicom_files(scans[0]) else None
+    if (folder and picture) or (cluster and not folder):
+        raise ArgumentError("--picture goes with one scan, --cluster with a folder of scans", "leave it out")
+    if atlases and (folder or supports or mirror or len(scans) > 1):
+        raise ArgumentError("--atlas goes with one scan, without --support and --mirror", "leave one of them out")
+    if not folder:
+        if not output.name.endswith((".nii", ".nii.gz")):
+            raise ArgumentError(f"the output {output.name!r} is no label map", "end the name in .nii.gz or .nii")
+        for path in filter(None, (output, picture)):
+            check_output(path, scans[0], overwrite)
+    backbone = load(name, device=device)
+    if supports:
+        model: Any = fit_support(supports, backbone, precision=precision)
+    elif atlases:
+        model = load_for_registration(name, device)
+    else:
+        room.trained_labels(backbone)
+        model = load(name, task="segmentation", device=device)
+    settings: dict[str, Any] = {"precision": precision, "mirror": mirror}
+    records: list[dict[str, Any]]
+    with progress_bar("segment") as progress:
+        if atlases:
+            carried = segment_by_atlas(scans[0], atlases, model, precision=precision, progress=progress)
+            write_volume(carried, output, overwrite=overwrite)
+            labels = room.label_volumes(carried, room.comment_labels(carried))
+            records = [{"input": str(scans[0]), "output": str(output), "model": name, "labels": labels}]
+        elif folder:
+            records = room.segment_folder(
+                folder, output, model, overwrite=overwrite, cluster=cluster, progress=progress, **settings
+            )
+        else:
+            records = [room.segment_file(room.Job(scans, output), model, progress=progress, **settings)]
+    if picture:
+        labels_picture(
+            read_volume(scans[0]),
+            (shown := read_volume(output)),
+            room.comment_labels(shown),
+            picture,
+            title=f"{scans[0].name}, {name}",
+        )
+    if as_json:
+        click.echo(json.dumps(records if folder else records[0], indent=2))
+    for record in () if as_json else records:
+        found = [f"{label['name']} {label['ml']:.4g} ml" for label in record.get("labels", ())[1:] if label["voxels"]]
+        done = "done before" if "skipped" in record else ", ".join(found) or "nothing found"
+        if "error" not in record:
+            click.echo(f"{record['output']}: {done}")
+    bad = [record for record in records if "error" in record]
+    for record in bad:
+        click.echo(f"error: {record['input']}: {record['error']}", err=True)
+    if bad:
+        click.echo(f"error: {len(bad)} of {len(records)} scans failed; the others are done", err=True)
+        click.get_current_context().exit(1)
+
+
 @main.command("demo")
 @click.option(
     "-i", "--input", "scan", type=click.Path(path_type=Path), help="A CT, .nii or .nii.gz; default synthetic."
@@ -409,7 +536,7 @@ def demo_command(scan: Path | None, output: Path, name: str, device: str, as_jso
 
 @main.command("prepare")
 @click.option("-i", "--input", "source", required=True, type=click.Path(path_type=Path), help="Folder of scans.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The store: a folder.")
+@click.option("-o", "--output", required=True, help="The store: a folder; or a URL, to copy a store to.")
 @click.option("--spacing-mm", type=float, default=1.0, show_default=True, help="Isotropic; not used in 2D.")
 @click.option("--own-spacing", is_flag=True, help="Keep each scan's own spacing instead.")
 @click.option("--unit", type=click.Choice(["HU", "arbitrary", "grey"]), help="Default HU in 3D, grey in 2D.")
@@ -420,7 +547,7 @@ def demo_command(scan: Path | None, output: Path, name: str, device: str, as_jso
 @with_json
 def prepare_command(
     source: Path,
-    output: Path,
+    output: str,
     spacing_mm: float,
     own_spacing: bool,
     unit: str | None,
@@ -430,9 +557,19 @@ def prepare_command(
     cluster: str | None,
     as_json: bool,
 ) -> None:
-    """Bring a folder of scans into a store to pre-train on. Run it again to go on, or after scans were added."""
-    from .pretrain.prepare import prepare_store
+    """Bring a folder of scans into a store to pre-train on. Run it again to go on, or after scans were added.
 
+    With a URL as --output (s3://bucket/store), the store --input is copied there as it is; only --workers counts.
+    """
+    from .pretrain.bucket import is_url
+    from .pretrain.prepare import prepare_store
+    from .pretrain.upload import upload_store
+
+    if is_url(output):
+        with progress_bar("copy") as progress:
+            copied = upload_store(source, output, workers=workers, progress=progress)
+        show(copied.to_dict(), as_json)
+        return
     with progress_bar("prepare") as progress:
         report = prepare_store(
             source,
@@ -449,7 +586,7 @@ def prepare_command(
 
 
 @main.command("pretrain")
-@click.option("--data", default="synthetic", show_default=True, help="synthetic, a store, or a folder of scans.")
+@click.option("--data", default="synthetic", show_default=True, help="synthetic, a store or its URL, or a scan folder.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option("--steps", required=True, type=click.IntRange(1), help="Steps of the whole run.")
 @click.option("--preset", type=click.Choice(["nano", "small", "base"]), default="nano", show_default=True)
@@ -484,6 +621,7 @@ def pretrain_command(
 
     torchrun --nproc_per_node N -m gvsl_zoo pretrain ... trains on N devices.
     """
+    from .memory import keep_freed_memory
     from .pretrain.config import settings_of
     from .pretrain.data import open_data
     from .pretrain.estimate import estimate
@@ -491,6 +629,7 @@ def pretrain_command(
     from .pretrain.run import finished
     from .zoo import load
 
+    keep_freed_memory()
     config = settings_of(preset, steps, named, others)
     if (out / "checkpoints").exists() and not (resume or dry_run):
         raise ArgumentError(f"{out} holds a run", "add --resume to go on with it, or choose another folder")
@@ -502,6 +641,56 @@ def pretrain_command(
     with training_bar(config.steps) as progress:
         pretrain(config, out, real, device=device, workers=workers, init=start, progress=progress)  # type: ignore[arg-type]
     show(finished(out), as_json)
+
+
+@main.command("finetune")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="nnU-Net folder, images/ + labels/, CSV.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option("--steps", required=True, type=click.IntRange(1), help="Steps of the whole run.")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Registry name or path.")
+@click.option(
+    "--task", type=click.Choice(["segmentation", "classification"]), default="segmentation", show_default=True
+)
+@click.option("--mode", type=click.Choice(["full", "linear"]), help="linear: the head alone.  [default: full]")
+@click.option("--from-scratch", is_flag=True, help="The same network with weights drawn at random.")
+@click.option("--labels", metavar="NAME=VALUE,...", help="Labels to learn.  [default: the data set's, or all]")
+@click.option("--unit", type=click.Choice(["HU", "arbitrary", "grey"]), help="Of the scans, if not the model's.")
+@click.option("--spacing-mm", type=float, help="Grid of the scans, isotropic.  [default: the model's]")
+@click.option("--crop", type=click.IntRange(1), help="Voxels an axis of a patch.  [default: 64; films 256]")
+@click.option("--seed", type=click.IntRange(0), help="Decides every draw.  [default: 0]")
+@click.option("--set", "others", multiple=True, metavar="NAME=VALUE", help="Any other setting of FinetuneConfig.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
+@click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that draw ahead.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@with_json
+def finetune_command(
+    data: Path,
+    out: Path,
+    steps: int,
+    labels: str | None,
+    others: tuple[str, ...],
+    resume: bool,
+    workers: int,
+    device: str,
+    as_json: bool,
+    **named: Any,
+) -> None:
+    """Train a head, and with mode full its backbone, on labelled scans; what validates best on held-out subjects stays.
+
+    The run's folder is a model: load(OUT, task=TASK). Label files say 0 where there is background.
+    """
+    from .pretrain.run import finished
+    from .transfer.cases import read_cases
+    from .transfer.config import settings_of
+    from .transfer.finetune import best_record, finetune
+
+    config = settings_of(steps, named, others)
+    if (out / "checkpoints").exists() and not resume:
+        raise ArgumentError(f"{out} holds a run", "add --resume to go on with it, or choose another folder")
+    cases = read_cases(data, task=config.task, labels=parse_labels(labels))
+    with training_bar(config.steps) as progress:
+        finetune(cases, config, out, device=device, workers=workers, progress=progress)
+    show(finished(out) | best_record(out, config), as_json)
 
 
 @contextmanager
@@ -516,8 +705,292 @@ def training_bar(steps: int) -> Iterator[Callable[[dict[str, float]], None]]:
         task = bar.add_task("starting", total=steps)
 
         def advance(record: dict[str, float]) -> None:
-            terms = [f"{name} {record[name]:.3f}" for name in ("ncc", "smoothness", "restoration") if name in record]
+            terms = [f"{name} {record[name]:.3f}" for name in TERMS if name in record]
             text = f"{', '.join(terms)}, {1 / record['seconds']:.1f} steps/s"
             bar.update(task, completed=record["step"], description=text)
 
         yield advance
+
+
+# --- Is it any good? --------------------------------------------------------------------------------------------
+
+
+@main.command("evaluate")
+@click.option("--predictions", required=True, type=click.Path(path_type=Path), help="Label file, folder of them, CSV.")
+@click.option("--references", required=True, type=click.Path(path_type=Path), help="Likewise, or a data set.")
+@click.option("--labels", metavar="NAME=VALUE,...", help="Labels to score.  [default: the data set's, or all]")
+@click.option(
+    "--task", type=click.Choice(["segmentation", "classification"]), default="segmentation", show_default=True
+)
+@click.option("--tolerance-mm", type=float, default=2.0, show_default=True, help="Of the surface Dice.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the tables.")
+@with_json
+def evaluate_command(
+    predictions: Path,
+    references: Path,
+    labels: str | None,
+    task: str,
+    tolerance_mm: float,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Score predictions: Dice, HD95 and surface Dice a case and label, or accuracy and AUC of classes."""
+    from .transfer.evaluate import evaluate, lines
+
+    with progress_bar("evaluate") as progress:
+        found = evaluate(
+            predictions,
+            references,
+            task=task,
+            labels=parse_labels(labels),
+            tolerance_mm=tolerance_mm,
+            progress=progress,
+        )
+    found.write(output)
+    if as_json:
+        show(found.to_dict(), True)
+    else:
+        click.echo("\n".join([*lines(found), f"cases and labels one by one: {output / 'scores.csv'}"]))
+    if found.missing:
+        click.echo(f"error: {len(found.missing)} cases without a prediction: {', '.join(found.missing)}", err=True)
+        click.get_current_context().exit(1)
+
+
+@main.command("bench")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Labelled scans: see finetune.")
+@click.option("--model", "names", default=DEFAULT_MODEL, show_default=True, help="Names or paths: NAME[,NAME...].")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder; a bench in it goes on.")
+@click.option(
+    "--task", type=click.Choice(["segmentation", "classification"]), default="segmentation", show_default=True
+)
+@click.option("--labels", metavar="NAME=VALUE,...", help="Labels to learn.  [default: the data set's, or all]")
+@click.option("--counts", help="Labelled subjects to train on.  [default: 1,3,5,10 as far as there are]")
+@click.option("--seeds", type=click.IntRange(3), default=3, show_default=True, help="Repeats of every training.")
+@click.option("--modes", default="full,linear", show_default=True, help="Of training: full, linear or both.")
+@click.option("--steps", type=click.IntRange(1), default=200, show_default=True, help="Of every training.")
+@click.option("--unit", type=click.Choice(["HU", "arbitrary", "grey"]), help="Of the scans, if not the models'.")
+@click.option("--spacing-mm", type=float, help="Grid of the scans, isotropic.  [default: the models']")
+@click.option("--crop", type=click.IntRange(1), help="Voxels an axis of a patch.  [default: 64; films 256]")
+@click.option("--set", "others", multiple=True, metavar="NAME=VALUE", help="Any other setting of FinetuneConfig.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@with_json
+def bench_command(
+    data: Path,
+    names: str,
+    out: Path,
+    labels: str | None,
+    counts: str | None,
+    seeds: int,
+    modes: str,
+    steps: int,
+    others: tuple[str, ...],
+    device: str,
+    as_json: bool,
+    **named: Any,
+) -> None:
+    """Say whether zoo weights help on your task: against scratch, at several numbers of labelled scans."""
+    from .transfer.bench import bench
+    from .transfer.cases import read_cases
+    from .transfer.config import settings_of
+
+    if counts and not all(count.strip().isdecimal() for count in counts.split(",")):
+        raise ArgumentError(f"--counts {counts!r}", "write numbers of scans, as in 1,3,5")
+    config = settings_of(steps, named, others)
+    report = bench(
+        read_cases(data, task=config.task, labels=parse_labels(labels)),
+        names.split(","),
+        config,
+        out,
+        counts=[int(count) for count in counts.split(",")] if counts else None,
+        seeds=seeds,
+        modes=modes.split(","),
+        device=device,
+        say=lambda line: click.echo(line, err=True),
+    )
+    if as_json:
+        show(report.to_dict(), True)
+    else:
+        click.echo("\n".join([*report.lines(), f"every number: {out / 'results.json'}"]))
+
+
+def parse_labels(text: str | None) -> dict[str, int] | None:
+    """`liver=1,heart=2` as values by name."""
+    if text is None:
+        return None
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name.strip() and value.strip().isdecimal() for name, _, value in pairs):
+        raise ArgumentError(f"--labels {text!r}", "write NAME=VALUE,NAME=VALUE, with the values of the label files")
+    return {name.strip(): int(value) for name, _, value in pairs}
+
+
+# --- Matching scans ---------------------------------------------------------------------------------------------
+
+
+@main.command("register")
+@click.option("--fixed", required=True, type=click.Path(path_type=Path), help="Scan that stays.")
+@click.option("--moving", required=True, type=click.Path(path_type=Path), help="Scan that is brought onto it.")
+@click.option("--warped-out", type=click.Path(path_type=Path), help="Moving scan on the fixed one's grid, .nii.gz.")
+@click.option("--transform-out", type=click.Path(path_type=Path), help="The whole transform for ITK and ANTs, .nii.gz.")
+@click.option("--affine-out", type=click.Path(path_type=Path), help="Its affine part, .tfm or .mat.")
+@click.option("--save-inverse", type=click.Path(path_type=Path), help="Its inverse on the moving scan's grid, .nii.gz.")
+@click.option("--jacobian-out", type=click.Path(path_type=Path), help="Local volume change, .nii.gz.")
+@click.option("--picture", type=click.Path(path_type=Path), help="PNG: before, after, checkerboard, lattice.")
+@click.option("--fixed-mask", type=click.Path(path_type=Path), help="Only there the fixed scan counts.")
+@click.option("--moving-mask", type=click.Path(path_type=Path), help="Only there the moving scan counts.")
+@click.option("--moving-labels", type=click.Path(path_type=Path), help="Label map of the moving scan to bring along.")
+@click.option("--labels-out", type=click.Path(path_type=Path), help="Where it goes, .nii.gz.")
+@click.option(
+    "--refine", type=click.IntRange(0), help="Steps of fitting to this pair.  [default: 0 with heads, else 90]"
+)
+@click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
+@with_model
+@with_json
+def register_command(
+    fixed: Path,
+    moving: Path,
+    warped_out: Path | None,
+    transform_out: Path | None,
+    affine_out: Path | None,
+    save_inverse: Path | None,
+    jacobian_out: Path | None,
+    picture: Path | None,
+    fixed_mask: Path | None,
+    moving_mask: Path | None,
+    moving_labels: Path | None,
+    labels_out: Path | None,
+    refine: int | None,
+    precision: str,
+    overwrite: bool,
+    name: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Register the scan --moving onto --fixed, and say how well they agree."""
+    import numpy as np
+
+    from .inference.register import register
+    from .report import registration_picture
+    from .transforms import Affine, Grid, to_displacement, warp_volume, write_transform
+    from .volume import check_output, read_volume, write_volume
+
+    if bool(moving_labels) != bool(labels_out):
+        raise ArgumentError("--moving-labels and --labels-out go together", "give both")
+    for path, endings in (
+        (warped_out, (".nii", ".nii.gz")),
+        (transform_out, (".nii", ".nii.gz", ".h5")),
+        (affine_out, (".tfm", ".txt", ".mat")),
+        (save_inverse, (".nii", ".nii.gz", ".h5")),
+        (jacobian_out, (".nii", ".nii.gz")),
+        (labels_out, (".nii", ".nii.gz")),
+        (picture, (".png",)),
+    ):
+        if path and not path.name.endswith(endings):
+            raise ArgumentError(f"the output {path.name!r} has no ending for this", f"end it in {' or '.join(endings)}")
+        if path:
+            check_output(path, fixed, overwrite)
+            check_output(path, moving, overwrite)
+    still, moved = read_volume(fixed), read_volume(moving)
+    model = load_for_registration(name, device)
+    with progress_bar("register") as progress:
+        found = register(
+            moved,
+            still,
+            model,
+            fixed_mask=fixed_mask,
+            moving_mask=moving_mask,
+            refine=refine,
+            precision=precision,
+            progress=progress,
+        )
+    grid = Grid.of(still)
+    if warped_out:
+        write_volume(found.warped, warped_out, overwrite=overwrite)
+    if transform_out:
+        write_transform(found.displacement_mm, transform_out, overwrite=overwrite)
+    if affine_out:
+        write_transform(found.affine, affine_out, overwrite=overwrite)
+    if save_inverse:
+        inverse = to_displacement(found.displacement_mm.inverse(), Grid.of(moved))
+        write_transform(inverse, save_inverse, overwrite=overwrite)
+    if jacobian_out:
+        write_volume(found.jacobian, jacobian_out, overwrite=overwrite)
+    if moving_labels and labels_out:
+        labels = warp_volume(read_volume(moving_labels), found.displacement_mm, grid, nearest=True)
+        write_volume(labels, labels_out, overwrite=overwrite)
+    if picture:
+        before = warp_volume(moved, Affine(np.eye(4)), grid)
+        registration_picture(still, before, found, picture, title=f"{moving.name} on {fixed.name}")
+    outputs = (warped_out, transform_out, affine_out, save_inverse, jacobian_out, labels_out, picture)
+    show(found.report | {"outputs": [str(path) for path in outputs if path]}, as_json)
+
+
+def load_for_registration(name: str, device: str) -> Any:
+    """A model with its matching heads, or its backbone where it has none."""
+    from .zoo import load
+
+    entry: Any = load(name).entry
+    return load(name, task="registration" if "registration" in entry.tasks else "backbone", device=device)
+
+
+@main.command("warp")
+@click.option("-i", "--input", "scan", type=click.Path(path_type=Path), help="Moving scan or label map.")
+@click.option("--points", type=click.Path(path_type=Path), help="Instead: a CSV with columns x, y, z in RAS+ mm.")
+@click.option("--fixed", type=click.Path(path_type=Path), help="Scan whose grid is wanted; with --points optional.")
+@click.option(
+    "--transform", "paths", required=True, multiple=True, type=click.Path(path_type=Path), help="Of ITK, ANTs or ours."
+)
+@click.option("--inverse", is_flag=True, help="Invert the transform, or the whole chain.")
+@click.option("--labels", is_flag=True, help="Take the nearest voxel and keep the type.")
+@click.option("--lps", is_flag=True, help="The points are in LPS, as ITK's and ANTs' are.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=".nii.gz; with --points .csv.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+@with_json
+def warp_command(
+    scan: Path | None,
+    points: Path | None,
+    fixed: Path | None,
+    paths: tuple[Path, ...],
+    inverse: bool,
+    labels: bool,
+    lps: bool,
+    output: Path,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Apply saved transforms to a scan, a label map or points; several are one resampling.
+
+    A transform sends points of the fixed scan to the moving one, and so --points too; --inverse sends them back. The
+    order of several is that of ITK's CompositeTransform: the last one is applied to a fixed point first
+    (antsApplyTransforms lists them the other way round). Beyond its grid a displacement goes on with the values of its
+    border, and a warning says so.
+    """
+    from .transforms import Chain, Grid, read_points, read_transform, warp_volume, write_points
+    from .volume import check_output, read_volume, write_volume
+
+    if bool(scan) == bool(points) or (scan and (lps or not fixed)) or (points and labels):
+        raise ArgumentError(
+            "warp needs -i with --fixed [--labels], or --points [--fixed] [--lps]", "see gvsl-zoo warp --help"
+        )
+    wanted = (".nii", ".nii.gz") if scan else (".csv",)
+    if not output.name.endswith(wanted):
+        raise ArgumentError(f"the output {output.name!r} has no ending for this", f"end it in {' or '.join(wanted)}")
+    check_output(output, scan or points, overwrite)
+    transforms = [read_transform(path) for path in reversed(paths)]
+    transform = transforms[0] if len(transforms) == 1 else Chain(tuple(transforms))
+    transform = transform.inverse() if inverse else transform
+    grid = Grid.of(read_volume(fixed)) if fixed else None
+    if scan and grid:
+        volume = warp_volume(read_volume(scan), transform, grid, nearest=labels)
+        write_volume(volume, output, overwrite=overwrite)
+        show({"output": str(output), "shape": list(volume.shape)}, as_json)
+    elif points:
+        table = read_points(points, lps=lps)
+        moved = transform.map(table.points_mm)
+        write_points(table._replace(points_mm=moved.points_mm), output, lps=lps, overwrite=overwrite)
+        facts = {"output": str(output), "points": len(table.rows)}
+        doubts = {"beyond the displacement": moved.beyond, "without an inverse": moved.unsolved}
+        if grid:
+            on_fixed = moved.points_mm if inverse else table.points_mm
+            doubts["outside the fixed scan"] = ~grid.contains(grid.index(on_fixed))
+        show(facts | {what: (rows.nonzero()[0] + 1).tolist() for what, rows in doubts.items()}, as_json)

@@ -7,25 +7,52 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import ArgumentError, GvslZooError
-from .volume import Prepared
+from .registry import Label
+from .volume import Prepared, Volume, canonical_view
 from .weights import write_whole
+
+if TYPE_CHECKING:
+    from .inference.register import Registration
+    from .transfer.bench import Bench
+    from .transfer.evaluate import Evaluation
 
 WIDTH, DPI = 12.8, 150  # inches; 1920 pixels
 MARGIN, GAP, TITLE, HEADING, CAPTION, BAR = 0.3, 0.1, 0.4, 0.42, 0.26, 0.62  # inches
 LONGEST_TITLE = 80  # letters
 TALLEST = 7.0  # inches of one row: a whole-body scan stays on a screen
-INK, FAINT = "#1b2733", "#5d6b78"
+INK, FAINT, ACCENT = "#1b2733", "#5d6b78", "#1f77b4"
 PLANES = ("axial", "coronal", "sagittal")
+PRETRAINING_PANELS = {
+    "matching held-out pairs": ("ncc_before", "ncc_after", "dice_before", "dice_affine", "dice_after"),
+    "signs of life, and folding": ("affine_sd", "bottleneck_sd", "folded"),
+}
 # Canonical arrays (z, y, x) grow to the head, the front and the patient's right. Radiological convention: seen from
 # the feet and from the front, so that the patient's right is on the left of the picture; sagittal with the front left.
 LETTERS = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # at left, right, top, bottom
+
+
+LABEL_OPACITY = 0.6
+LATTICE_MM, CHECKER_MM = 20, 30  # of the pictures of registrations
+MOST_NAMED, LONGEST_NAME = 7, 20  # labels in a legend, and letters of each: it is one line
+Colour = tuple[float, float, float]  # red, green, blue in [0, 1]
+LABEL_COLOURS: tuple[Colour, ...] = (  # of labels without one: Tableau's ten without the grey
+    (0.84, 0.15, 0.16),
+    (0.12, 0.47, 0.71),
+    (0.17, 0.63, 0.17),
+    (1.00, 0.50, 0.05),
+    (0.58, 0.40, 0.74),
+    (0.09, 0.75, 0.81),
+    (0.74, 0.74, 0.13),
+    (0.89, 0.47, 0.76),
+    (0.55, 0.34, 0.29),
+)
 
 
 @dataclass(frozen=True)
@@ -52,11 +79,12 @@ class Panel:
 
 @dataclass(frozen=True)
 class Row:
-    """Panels at one scale of millimetres, under a heading and a line that explains it."""
+    """Panels at one scale of millimetres, under a heading, a line that explains it, and names in their colours."""
 
     heading: str
     note: str
     panels: Sequence[Panel]
+    legend: Sequence[tuple[str, Colour]] = ()
 
 
 def features_picture(prepared: Prepared, components: Tensor, path: str | os.PathLike[str], *, title: str = "") -> None:
@@ -88,6 +116,60 @@ def scan_rows(prepared: Prepared, components: Tensor) -> list[Row]:
         Row("Scan", f"{shape} voxels (x, y, z) of {spacing} mm; patient's right on the left", planes),
         Row("Features", "first three principal components as red, green and blue (air left out)", colours),
     ]
+
+
+def labels_picture(
+    scan: Volume, found: Volume, labels: Sequence[Label], path: str | os.PathLike[str], *, title: str = ""
+) -> None:
+    """A scan in the three orthogonal planes that cut most of its labels and, below, the labels over it.
+
+    Args:
+        found: the label map of `scan`, on its grid.
+        labels: their names and colours; the first is the background.
+        path: the PNG file; written whole or not at all, replaced if it is there.
+
+    Errors: ArgumentError for labels on another grid; GvslZooError when matplotlib is missing or the file cannot be
+        written.
+    """
+    if found.shape != scan.shape:
+        raise ArgumentError(f"labels of shape {found.shape} for a scan of {scan.shape}", "give labels on its grid")
+    (image, spacing), (classes, _) = canonical_view(scan), canonical_view(found)
+    thin = tuple(slice(None, None, max(1, n // 128)) for n in image.shape)
+    limits = display_range(torch.from_numpy(image[thin].astype(np.float32)))
+    inside = classes[thin] != labels[0].value
+    colours = {label.value: _colour(label, number) for number, label in enumerate(labels[1:])}
+    planes, overlays = [], []
+    for axis, name in enumerate(PLANES):
+        counts = inside.sum(tuple({0, 1, 2} - {axis}))
+        index = int(counts.argmax()) * thin[axis].step if counts.any() else image.shape[axis] // 2
+        caption = f"{name}, slice {index + 1} of {image.shape[axis]}"
+        row, column = (s for other, s in enumerate(spacing) if other != axis)
+        grey, values = (array.take(index, axis)[::-1, ::-1] for array in (image, classes))
+        shown = ((grey.astype(np.float32) - limits[0]) / (limits[1] - limits[0])).clip(0, 1)[..., None].repeat(3, 2)
+        planes.append(Panel(shown, (row, column), caption, letters=LETTERS[name], scale=not axis))
+        for value, colour in colours.items():
+            shown = np.where((values == value)[..., None], _over(shown, colour), shown)
+        overlays.append(Panel(shown, (row, column), f"labels, {name}", letters=LETTERS[name]))
+    legend = [
+        (label.name, colours[label.value]) for label in labels[1:] if (inside & (classes[thin] == label.value)).any()
+    ]
+    spacing_text, shape = (" × ".join(f"{n:.3g}" for n in reversed(v)) for v in (spacing, image.shape))
+    rows = [
+        Row("Scan", f"{shape} voxels (x, y, z) of {spacing_text} mm; patient's right on the left", planes),
+        Row("Labels", "" if legend else "none found", overlays, legend),
+    ]
+    draw(rows, title or "Labels of a scan", path)
+
+
+def _over(shown: np.ndarray, colour: Colour) -> np.ndarray:
+    return (1 - LABEL_OPACITY) * shown + LABEL_OPACITY * np.array(colour, np.float32)
+
+
+def _colour(label: Label, number: int) -> Colour:
+    if label.colour is None:
+        return LABEL_COLOURS[number % len(LABEL_COLOURS)]
+    red, green, blue = (value / 255 for value in label.colour)
+    return red, green, blue
 
 
 def restoration_row(images: Mapping[str, Tensor], spacing_mm: Sequence[float], note: str) -> Row:
@@ -122,6 +204,59 @@ def matching_row(images: Mapping[str, Tensor], spacing_mm: Sequence[float], note
     top = max(1.0, float(length.max()))
     panels.append(_panel(length, "coronal", index, spacing_mm, "displacement", (0, top), colours="viridis", bar="mm"))
     return Row("Matching", note, panels)
+
+
+def registration_picture(
+    fixed: Volume, moving: Volume, found: Registration, path: str | os.PathLike[str], *, title: str = ""
+) -> None:
+    """Two scans before and after registration, a checkerboard of both, and a lattice of the moving scan's millimetres.
+
+    Args:
+        moving: as its header has it, on the fixed scan's grid.
+        path: the PNG file; written whole or not at all, replaced if it is there.
+
+    Errors: GvslZooError when matplotlib is missing or the file cannot be written.
+    """
+    (still, spacing), (before, _), (after, _) = (canonical_view(volume) for volume in (fixed, moving, found.warped))
+    grid = found.displacement_mm.grid
+    points = [  # where each voxel lies in the moving scan, mm along z, y, x
+        canonical_view(Volume(places, grid.affine))[0] for places in reversed(_moved_mm(found).transpose(3, 0, 1, 2))
+    ]
+    image = torch.from_numpy(np.ascontiguousarray(still, np.float32))
+    limits, centre = display_range(image), middle(image)
+    rows = []
+    for axis, name in ((1, "coronal"), (0, "axial")):
+        index = centre[axis]
+        row, column = (s for other, s in enumerate(spacing) if other != axis)
+        a, b, c = (array.take(index, axis)[::-1, ::-1].astype(np.float32) for array in (still, before, after))
+        lattice = np.ones_like(a)
+        for other in {0, 1, 2} - {axis}:
+            place = points[other].take(index, axis)[::-1, ::-1] % LATTICE_MM
+            lattice[np.minimum(place, LATTICE_MM - place) < max(row, column) / 2] = 0
+        tiles = np.indices(a.shape) // max(1, round(CHECKER_MM / max(row, column)))
+        board = np.where(tiles.sum(0) % 2, c, a)
+        shown = {"fixed": a, "moving, before": b, "moving, after": c, "fixed and moving, after": board}
+        panels = [
+            Panel(pixels, (row, column), caption, limits, LETTERS[name], scale=caption == "fixed")
+            for caption, pixels in shown.items()
+        ]
+        panels.append(Panel(lattice, (row, column), f"every {LATTICE_MM} mm of moving", letters=LETTERS[name]))
+        rows.append(Row(name.capitalize(), _registration_note(found) if axis else "", panels))
+    draw(rows, title or "Registration", path)
+
+
+def _moved_mm(found: Registration) -> np.ndarray:
+    """Where each voxel of the fixed scan lies in the moving one, (i, j, k, 3), float32 millimetres."""
+    grid = found.displacement_mm.grid
+    return grid.points().reshape(*grid.shape, 3).astype(np.float32) + found.displacement_mm.field_mm
+
+
+def _registration_note(found: Registration) -> str:
+    numbers = found.report
+    return (
+        f"local correlation {numbers['ncc_before']:.2f} → {numbers['ncc_after']:.2f}; "
+        f"mean displacement {numbers['displacement_mm']:.0f} mm; folded {100 * numbers['folded']:.2g} %"
+    )
 
 
 def middle(image: Tensor) -> tuple[int, int, int]:
@@ -176,7 +311,7 @@ def draw(rows: Sequence[Row], title: str, path: str | os.PathLike[str]) -> None:
     figure = Figure((WIDTH, page), dpi=DPI, facecolor="white")
     renderer = FigureCanvasAgg(figure).get_renderer()
 
-    def write(x: float, y: float, text: str, size: float, color: str = INK, **style: Any) -> Any:
+    def write(x: float, y: float, text: str, size: float, color: str | Colour = INK, **style: Any) -> Any:
         """Text hung at (x, y) inches from the page's lower left corner; a dollar sign is no formula."""
         return figure.text(x / WIDTH, y / page, text, size=size, color=color, va="top", parse_math=False, **style)
 
@@ -185,7 +320,13 @@ def draw(rows: Sequence[Row], title: str, path: str | os.PathLike[str]) -> None:
     top = page - MARGIN - TITLE
     for row, scale, height in zip(rows, scales, heights, strict=True):
         heading = write(MARGIN, top - 0.1, row.heading, 12, weight="bold")
-        write(heading.get_window_extent(renderer).x1 / DPI + 0.15, top - 0.125, row.note, 10, FAINT)
+        note = write(heading.get_window_extent(renderer).x1 / DPI + 0.15, top - 0.125, row.note, 10, FAINT)
+        right = note.get_window_extent(renderer).x1 / DPI
+        for name, colour in row.legend[:MOST_NAMED]:
+            named = write(right, top - 0.125, f"■ {name[:LONGEST_NAME]}", 10, colour, weight="bold")
+            right = named.get_window_extent(renderer).x1 / DPI + 0.2
+        if (hidden := len(row.legend) - MOST_NAMED) > 0:
+            write(right, top - 0.125, f"and {hidden} more", 10, FAINT)
         top -= HEADING
         left = MARGIN
         for panel in row.panels:
@@ -207,43 +348,158 @@ def draw(rows: Sequence[Row], title: str, path: str | os.PathLike[str]) -> None:
     _save(figure, Path(path))
 
 
-def curves_picture(log: Sequence[Mapping[str, float]], path: str | os.PathLike[str], *, title: str = "") -> None:
-    """Learning curves of a run: the terms of the loss, matching before and after, and what the terms hide.
+def curves_picture(
+    log: Sequence[Mapping[str, float]],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "",
+    panels: Mapping[str, Sequence[str]] = PRETRAINING_PANELS,
+) -> None:
+    """Learning curves of a run: the terms of the loss, and what validation measured.
 
-    Args: log: the run's records, in order.
+    Args:
+        log: the run's records, all or some, in order.
+        panels: names of what was measured, by the title under which they are drawn.
     """
+    figure = _figure(4.4, title or "A pre-training run")
+    left, *others = np.atleast_1d(figure.subplots(1, 1 + len(panels)))
+    measured = {name for names in panels.values() for name in names}
+    terms = [key for key in log[0] if key not in {"step", "gradient", "seconds", *measured} and key in log[-1]]
+    window = max(1, len(log) // 100)
+    for term in terms:
+        values = np.convolve([record[term] for record in log], np.ones(window) / window, "valid")
+        left.plot([record["step"] for record in log[window - 1 :]], values, label=term, lw=1.4)
+    steps = round(window * log[-1]["step"] / len(log))  # of a long run not every step is given
+    left.set(title=f"loss, mean over {steps} steps", yscale="log")
+    for axes, (what, names) in zip(others, panels.items(), strict=True):
+        for name in names:
+            points = [(record["step"], record[name]) for record in log if name in record]
+            style = "--" if name.endswith("before") else "-"
+            axes.plot(*zip(*points, strict=True), style, marker=".", label=name.replace("_", " "), lw=1.4)
+        axes.set(title=what)
+    for axes in (left, *others):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8, framealpha=0.8, edgecolor="none")
+    _save(figure, Path(path))
+
+
+def scores_picture(evaluation: Evaluation, path: str | os.PathLike[str]) -> None:
+    """Dice, HD95 and surface Dice of every label: a dot a case, cases missed or invented hollow, mean and interval."""
+    labels, summary = evaluation.labels, evaluation.summary
+    figure = _figure(1.8 + 0.42 * len(labels), f"{summary['cases']} cases, mean and 95 % interval")
+    titles = ("Dice", "HD95, mm", f"surface Dice at {summary['tolerance_mm']:g} mm")
+    for axes, metric, title in zip(
+        figure.subplots(1, 3, sharey=True), ("dice", "hd95_mm", "surface_dice"), titles, strict=True
+    ):
+        for row, label in enumerate(labels):
+            overlaps = [score.overlap for score in evaluation.scores if score.label == label]
+            shown = [(getattr(o, metric), o.found == "both") for o in overlaps if getattr(o, metric) is not None]
+            for index, (value, both) in enumerate(shown):
+                height = row + 0.3 * ((index + 0.5) / len(shown) - 0.5)  # beside each other, in the order of the cases
+                axes.plot(value, height, "o", ms=4, mfc=ACCENT if both else "white", mec=ACCENT, alpha=0.6)
+            _interval_mark(axes, summary["labels"][label][metric], row + 0.28)
+        axes.set(title=title, yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.4, -0.6))
+        axes.set_xlim(0 if metric == "hd95_mm" else -0.02, None if metric == "hd95_mm" else 1.02)
+        axes.grid(axis="x", alpha=0.25)
+    _save(figure, Path(path))
+
+
+def bench_picture(report: Bench, path: str | os.PathLike[str]) -> None:
+    """Learning curves over numbers of labelled scans, a dot a seed; below, what zoo weights add, with its interval."""
+    modes = list(dict.fromkeys(row.mode for row in report.comparisons))
+    arms = list(dict.fromkeys(cell["arm"] for cell in report.cells))
+    counts = sorted({row.count for row in report.comparisons})
+    figure = _figure(7.2, f"Zoo weights against scratch, {len(report.settings['test'])} test cases")
+    grid = figure.subplots(2, len(modes), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 2))
+    for mode, curves, differences in zip(modes, *grid, strict=True):
+        for arm in arms:
+            colour = FAINT if arm.startswith("scratch") else f"C{arms.index(arm)}"
+            points = [
+                (counts.index(cell["count"]), float(np.mean(list(cell["scores"].values()))))
+                for cell in report.cells
+                if (cell["arm"], cell["mode"]) == (arm, mode)
+            ]
+            places = sorted({place for place, _ in points})
+            means = [np.mean([value for at, value in points if at == place]) for place in places]
+            curves.plot(places, means, "--" if colour == FAINT else "-", color=colour, label=arm, lw=1.8)
+            curves.plot(*zip(*points, strict=True), "o", color=colour, ms=4, alpha=0.6)
+            rows = [row for row in report.comparisons if (row.model, row.mode) == (arm, mode)]
+            shift = 0.06 * (arms.index(arm) - 1)  # intervals beside each other
+            for row in rows:
+                at = counts.index(row.count) + shift
+                differences.errorbar(at, row.difference, row.half, fmt="o", ms=5, color=colour, capsize=4, lw=1.6)
+        differences.axhline(0, color=FAINT, lw=1)
+        curves.set(title=mode)
+        curves.legend(fontsize=9, framealpha=0.8, edgecolor="none")
+        differences.set(xlabel="labelled scans", xticks=range(len(counts)), xticklabels=counts)
+        differences.set_xlim(-0.5, len(counts) - 0.5)
+        for axes in (curves, differences):
+            axes.grid(alpha=0.25)
+    metric = "Dice" if report.task == "segmentation" else "accuracy"
+    grid[0, 0].set_ylabel(f"{metric}, %")
+    grid[1, 0].set_ylabel("zoo − scratch, 95 % interval")
+    _save(figure, Path(path))
+
+
+def _interval_mark(axes: Any, interval: Mapping[str, Any], height: float) -> None:
+    if interval["mean"] is None:
+        axes.text(0.01, height, "in no case", size=8, color=FAINT, va="center", transform=axes.get_yaxis_transform())
+        return
+    if interval["low"] is not None:
+        axes.plot([interval["low"], interval["high"]], [height, height], color=INK, lw=1.6)
+    axes.plot(interval["mean"], height, "D", color=INK, ms=4.5)
+
+
+def classes_picture(evaluation: Evaluation, path: str | os.PathLike[str]) -> None:
+    """ROC curve of each class against the others, and how often each class was taken for which."""
+    labels, summary = evaluation.labels, evaluation.summary
+    truth = np.array([labels.index(true) for true, _ in evaluation.probabilities.values()])
+    values = np.array([row for _, row in evaluation.probabilities.values()])
+    accuracy = summary["accuracy"]
+    text = f"{summary['cases']} cases, accuracy {accuracy['mean']:.2f} [{accuracy['low']:.2f}, {accuracy['high']:.2f}]"
+    figure = _figure(5.2, text)
+    left, right = figure.subplots(1, 2)
+    for index, label in enumerate(labels):
+        area = summary["labels"][label]["auc"]
+        if area["mean"] is None:
+            continue
+        order = np.argsort(-values[:, index], kind="stable")
+        last = np.append(np.diff(values[order, index]) != 0, True)  # cases of one probability are one step
+        hits, alarms = (np.cumsum(which[order])[last] for which in (truth == index, truth != index))
+        left.plot(
+            np.append(0, alarms / alarms[-1]),
+            np.append(0, hits / hits[-1]),
+            lw=1.6,
+            label=f"{label}: AUC {area['mean']:.2f} [{area['low']:.2f}, {area['high']:.2f}]",
+        )
+    left.plot([0, 1], [0, 1], "--", color=FAINT, lw=1)
+    left.set(title="each class against the others", aspect="equal")
+    left.set(xlabel="false positive rate", ylabel="true positive rate")
+    if left.get_legend_handles_labels()[0]:
+        left.legend(fontsize=8, loc="lower right")
+    table = np.zeros((len(labels), len(labels)), int)
+    np.add.at(table, (truth, values.argmax(1)), 1)
+    right.imshow(table, cmap="Blues")
+    for (row, column), count in np.ndenumerate(table):
+        right.text(column, row, count, ha="center", va="center", color="white" if count > table.max() / 2 else INK)
+    ticks = range(len(labels))
+    right.set(title="cases", xlabel="predicted", ylabel="true")
+    right.set(xticks=ticks, xticklabels=labels, yticks=ticks, yticklabels=labels)
+    _save(figure, Path(path))
+
+
+def _figure(height: float, title: str) -> Any:
+    """A figure of the usual width and `height` inches, or a GvslZooError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise GvslZooError("pictures need matplotlib", 'pip install "gvsl-zoo[viz]"') from error
-    figure = Figure((WIDTH, 4.4), dpi=DPI, facecolor="white", layout="constrained")
+    figure = Figure((WIDTH, height), dpi=DPI, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title or "A pre-training run", size=15, weight="bold", color=INK)
-    left, middle, right = figure.subplots(1, 3)
-    terms = [key for key in log[0] if key not in ("step", "gradient", "seconds") and key in log[-1]]
-    window = max(1, len(log) // 100)
-    for term in terms:
-        values = np.convolve([record[term] for record in log], np.ones(window) / window, "valid")
-        left.plot([record["step"] for record in log[window - 1 :]], values, label=term, lw=1.4)
-    left.set(title=f"loss, mean of {window} steps", yscale="log")
-    checks = [record for record in log if "ncc_after" in record]
-    steps = [record["step"] for record in checks]
-    for axes, names, what in (
-        (middle, ("ncc_before", "ncc_after", "dice_before", "dice_affine", "dice_after"), "matching held-out pairs"),
-        (right, ("affine_sd", "bottleneck_sd", "folded"), "signs of life, and folding"),
-    ):
-        for name in names:
-            style = "--" if name.endswith("before") else "-"
-            axes.plot(
-                steps, [record[name] for record in checks], style, marker=".", label=name.replace("_", " "), lw=1.4
-            )
-        axes.set(title=what)
-    for axes in (left, middle, right):
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8, framealpha=0.8, edgecolor="none")
-    _save(figure, Path(path))
+    figure.suptitle(title, size=15, weight="bold", color=INK, parse_math=False)
+    return figure
 
 
 def _show(axes: Any, panel: Panel, inches: float) -> Any:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from drive_server import DriveServer, confirm_page, file
 from hub_server import Hub
 
-from gvsl_zoo import drive, registry, write_volume
+from gvsl_zoo import drive, read_volume, registry, write_volume
 from gvsl_zoo.cli import main
 from gvsl_zoo.demo import as_volume
-from gvsl_zoo.pretrain.anatomy import sample_subject
+from gvsl_zoo.pretrain.anatomy import LABELS, sample_subject
 from gvsl_zoo.pretrain.config import PRESETS, PretrainConfig
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -64,6 +70,16 @@ def embedded():
     return EMBEDDED / "gvsl-unet-ct-nano.safetensors"
 
 
+def run_nnunet(words):
+    """A command of nnU-Net in a process of its own, on the CPU, for three iterations and without helpers."""
+    words += ["-device", "cpu"] * (words[0] in ("nnUNetv2_train", "nnUNetv2_predict"))
+    words += ["-npp", "1", "-nps", "1"] * (words[0] == "nnUNetv2_predict")
+    helpers = {"nnUNet_def_n_proc": "1"} | ({"nnUNet_n_proc_DA": "0"} if words[0] == "nnUNetv2_train" else {})
+    run = [sys.executable, Path(__file__).with_name("brief_nnunet.py"), *words]
+    done = subprocess.run(run, env=os.environ | helpers, capture_output=True, text=True)
+    assert done.returncode == 0, (words, done.stdout[-2000:], done.stderr[-4000:])
+
+
 def run_line(line, monkeypatch):
     """A line of a shell block; the page uses three commands."""
     words = shlex.split(line, comments=True)
@@ -71,6 +87,8 @@ def run_line(line, monkeypatch):
         Path(words[-1]).mkdir(exist_ok=True)
     elif words[0] == "export":
         monkeypatch.setenv(*words[1].split("="))
+    elif words[0].startswith("nnUNetv2_"):
+        run_nnunet(words)
     else:
         assert words[0] == "gvsl-zoo", line
         result = CliRunner().invoke(main, words[1:])
@@ -107,8 +125,80 @@ def test_every_block_of_the_page_on_pretraining_runs_in_order(tmp_path, monkeypa
     assert Path("try/curves.png").is_file() and Path("store-by-region/index.npy").is_file()
 
 
+@pytest.mark.slow
+def test_every_block_of_the_page_on_finetuning_runs_in_order(tmp_path, monkeypatch):
+    for package in ("accelerate", "monai"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    organs = {"background": 0, "liver": LABELS["liver"], "spine": LABELS["spine"]}
+    for number, part in enumerate(("Tr", "Tr", "Tr", "Ts")):
+        subject = sample_subject((28, 24, 32), torch.Generator().manual_seed(number), (9.0, 9.0, 9.0))
+        scan, labels = as_volume(subject), subject.labels.permute(2, 1, 0).numpy()
+        labels = labels * np.isin(labels, list(organs.values()))
+        for kind, volume in (("images", scan), ("labels", replace(scan, data=labels))):
+            path = Path(f"mine/{kind}{part}/case{number}{'_0000' * (kind == 'images')}.nii.gz")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_volume(volume, path)
+    Path("mine/dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, "labels": organs}))
+    names, blocks = run_blocks("finetune.md", monkeypatch)
+    assert blocks == 5 and [label.name for label in names["net"].entry.labels] == list(organs)
+    summary = json.loads(Path("scores/summary.json").read_text())
+    assert summary["cases"] == 1 and set(summary["labels"]) == {"liver", "spine"}
+    assert json.loads(Path("verdict/results.json").read_text())["verdicts"]
+
+
+@pytest.mark.slow
+def test_every_block_of_the_page_on_monai_runs_in_order(tmp_path, monkeypatch):
+    for package in ("monai", "ignite"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    for seed in range(2):
+        subject = sample_subject((40, 36, 44), torch.Generator().manual_seed(seed), (5.0, 5.0, 5.0))
+        scan, body = as_volume(subject), (subject.labels > 0).permute(2, 1, 0).numpy().astype(np.uint8)
+        write_volume(scan, f"scan{seed}.nii.gz")
+        write_volume(replace(scan, data=body), f"labels{seed}.nii.gz")
+    names, blocks = run_blocks("monai.md", monkeypatch)
+    assert blocks == 4 and names["trainer"].state.iteration == 1 and len(names["report"].placed) == 20
+    predicted, scan = read_volume("out/scan0_seg.nii.gz"), read_volume("scan0.nii.gz")
+    assert predicted.shape == scan.shape
+    np.testing.assert_allclose(predicted.affine, scan.affine, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_every_block_of_the_page_on_export_runs_in_order(tmp_path, monkeypatch):
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    subject = sample_subject((40, 36, 44), torch.Generator().manual_seed(0), (5.0, 5.0, 5.0))
+    write_volume(as_volume(subject), "scan.nii.gz")
+    names, blocks = run_blocks("export.md", monkeypatch)
+    with torch.no_grad():
+        expected = names["net"](names["net"].preprocess("scan.nii.gz"))
+    assert blocks == 4
+    np.testing.assert_allclose(names["features"], expected.numpy(), rtol=2e-5, atol=2e-5)
+
+
 def test_the_presets_of_the_page_are_those_of_the_package():
     for name, preset in PRESETS.items():
         config = PretrainConfig(steps=1, **preset)
         row = f"| `{name}` | {config.width} | {config.crop[0]} | {config.spacing_mm:g} mm | {config.batch_size} |"
         assert row in (DOCS / "pretrain.md").read_text()
+
+
+@pytest.mark.slow
+def test_every_block_of_the_page_on_registration_runs_in_order(tmp_path, monkeypatch):
+    pytest.importorskip("SimpleITK")
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("fixed", "moving")):
+        subject = sample_subject((48, 48, 48), torch.Generator().manual_seed(seed), (6.0, 6.0, 6.0))
+        scan = as_volume(subject)
+        write_volume(scan, f"{name}.nii.gz")
+        write_volume(replace(scan, data=subject.labels.permute(2, 1, 0).numpy()), f"{name}_labels.nii.gz")
+    middle = scan.affine @ [*(n / 2 for n in scan.shape), 1]
+    Path("landmarks.csv").write_text("x,y,z\n" + ",".join(map(str, middle[:3])) + "\n")
+    names, blocks = run_blocks("register.md", monkeypatch)
+    assert blocks == 5 and names["found"].report["ncc_after"] > names["found"].report["ncc_start"]
+    ours = read_volume("warped.nii.gz").data
+    theirs = names["sitk"].GetArrayFromImage(names["warped"]).transpose(2, 1, 0)
+    assert np.abs(ours - theirs)[4:-4, 4:-4, 4:-4].mean() < 1.0  # HU
+    assert Path("registration.png").is_file() and np.unique(read_volume("by-atlas.nii.gz").data).size > 3

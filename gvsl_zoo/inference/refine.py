@@ -1,0 +1,197 @@
+"""Instance optimisation: an affine map and a diffeomorphic displacement, fitted to one pair of images; tensors only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..losses import local_correlation, smoothness_loss
+from ..spatial import affine_coordinates, identity_grid, sample
+
+SQUARINGS = 6  # of scaling and squaring: 64 small steps (Arsigny et al. 2006)
+AFFINE_LEVEL, LEVELS = 4, (8, 4, 2)  # voxels of the image a voxel of the coarse grid
+AFFINE_SHARE = 1 / 3  # of the steps; the rest is shared out to the levels
+WINDOW = 5  # voxels of a level, of the local correlation
+RATE = 0.4  # voxels of a level a step, of Adam
+AFFINE_RATE = 0.03  # a step, of the linear part; a step of the shift moves as many voxels as that does half way out
+SMOOTHNESS = 2.0  # of the velocity, against a correlation and a feature distance of weight 1
+EPSILON = 1e-6  # of Adam: gradients of mere rounding make no steps
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is compared of two images on one grid.
+
+    fixed, moving: (1, 1, *shape) in [0, 1]. features: of both, (1, C, *shape), or none. masks: where fixed and moving
+    image count, each (1, 1, *shape) in [0, 1].
+    """
+
+    fixed: Tensor
+    moving: Tensor
+    features: tuple[Tensor, Tensor] | None
+    masks: tuple[Tensor, Tensor]
+
+    def coarse(self, factor: int) -> Images:
+        """The same on a grid `factor` times coarser, feature vectors scaled to length 1."""
+        D, H, W = (-(-size // factor) for size in self.fixed.shape[2:])
+        shape = (D, H, W)
+        fixed, moving, *masks = (F.adaptive_avg_pool3d(x, shape) for x in (self.fixed, self.moving, *self.masks))
+        features = None
+        if self.features is not None:
+            a, b = (F.normalize(F.adaptive_avg_pool3d(f.float(), shape), dim=1) for f in self.features)
+            features = (a, b)
+        return Images(fixed, moving, features, (masks[0], masks[1]))
+
+    def distance(self, coordinates: Tensor) -> Tensor:
+        """1 - mean local correlation, and the mean cosine distance of the features, where both masks say so; scalar.
+
+        coordinates: where the voxels of the fixed image read in the moving one, (1, 3, *shape), voxels.
+        """
+        fields = [self.moving, self.masks[1], *(self.features or ())[1:]]
+        warped = sample(torch.cat(fields, 1), coordinates)
+        weight = self.masks[0] * warped[:, 1:2].detach()
+        total = weight.sum().clamp_min(1e-6)
+        cost = 1 - (local_correlation(warped[:, :1], self.fixed, WINDOW) * weight).sum() / total
+        if self.features is not None:
+            cosine = (warped[:, 2:] * self.features[0]).sum(1, keepdim=True)
+            cost = cost + ((1 - cosine) * weight).sum() / total
+        return cost
+
+
+def fit(
+    images: Images, steps: int, start: Tensor | None = None, progress: Progress | None = None
+) -> tuple[Tensor, Tensor]:
+    """Fit an affine map A and a velocity v so that moving(A(exp(v)(x))) looks like fixed(x).
+
+    Args:
+        steps: of Adam, a third of them on the affine map.
+        start: displacement to start from, (1, 3, *shape), voxels; default none.
+        progress: called with (steps done, steps in all).
+
+    Returns: affine (1, 3, 4) about the grid's centre, and the whole displacement (1, 3, *shape), voxels. What does not
+        come out better than the start on the finest level is not taken: then it is the start.
+    Source: exponential of a stationary velocity by scaling and squaring (Arsigny et al. 2006).
+    """
+    shape = images.fixed.shape[2:]
+    start = images.fixed.new_zeros(1, 3, *shape) if start is None else start.float()
+    affine = fit_affine(start, images.masks[0])
+    done = 0
+
+    def step(optimizer: torch.optim.Optimizer, cost: Tensor) -> None:
+        nonlocal done
+        optimizer.zero_grad()
+        cost.backward()
+        optimizer.step()
+        done += 1
+        if progress:
+            progress(done, steps)
+
+    coarse = images.coarse(AFFINE_LEVEL)
+    change = torch.zeros_like(affine).requires_grad_()
+    reach = torch.tensor(coarse.fixed.shape[2:]).max() / 4
+    optimizer = torch.optim.Adam([change], lr=AFFINE_RATE, eps=EPSILON)
+    for _ in range(round(AFFINE_SHARE * steps)):
+        moved = affine_on(affine, shape, coarse.fixed.shape[2:]) + torch.cat(
+            [change[..., :3], change[..., 3:] * reach], -1
+        )
+        step(optimizer, coarse.distance(affine_coordinates(moved, coarse.fixed.shape[2:])))
+    ratio = _ratio(shape, coarse.fixed.shape[2:], affine)
+    affine = affine + torch.cat([change[..., :3], change[..., 3:] * reach * ratio], -1).detach()
+
+    velocity = _residual(start, affine)
+    for number, factor in enumerate(LEVELS):
+        level = images.coarse(factor)
+        size = level.fixed.shape[2:]
+        velocity = _resize(velocity, size).requires_grad_()
+        optimizer = torch.optim.Adam([velocity], lr=RATE, eps=EPSILON)
+        mapped = affine_on(affine, shape, size)
+        for _ in range(_share(steps, number)):
+            inner = identity_grid(size, velocity) + exponential(velocity)
+            cost = level.distance(_apply(mapped, inner)) + SMOOTHNESS * smoothness_loss(velocity)
+            step(optimizer, cost)
+        velocity = velocity.detach()
+    with torch.no_grad():
+        inner = identity_grid(shape, start) + _resize(exponential(velocity), shape)
+        found = _apply(affine, inner) - identity_grid(shape, start)
+        finest = images.coarse(LEVELS[-1])
+        size = finest.fixed.shape[2:]
+        before, after = (finest.distance(identity_grid(size, u) + _resize(u, size)) for u in (start, found))
+        return (affine, found) if after < before else (fit_affine(start, images.masks[0]), start)
+
+
+def _share(steps: int, number: int) -> int:
+    """Steps of a level: what the affine map leaves, in equal parts, the last one with the rest."""
+    left = steps - round(AFFINE_SHARE * steps)
+    each = left // len(LEVELS)
+    return left - each * (len(LEVELS) - 1) if number == len(LEVELS) - 1 else each
+
+
+def exponential(velocity: Tensor) -> Tensor:
+    """Displacement (1, 3, *shape) of the flow along a stationary velocity, both in voxels."""
+    displacement = velocity / 2**SQUARINGS
+    grid = identity_grid(velocity.shape[2:], velocity)
+    for _ in range(SQUARINGS):
+        displacement = displacement + sample(displacement, grid + displacement, padding="border")
+    return displacement
+
+
+def fit_affine(displacement: Tensor, mask: Tensor) -> Tensor:
+    """The affine map nearest to x + displacement(x) in the least squares of the mask, (1, 3, 4) about the centre."""
+    shape = displacement.shape[2:]
+    grid = identity_grid(shape, displacement)
+    centre = grid.new_tensor([(size - 1) / 2 for size in shape])[:, None]
+    points = grid.flatten(1) - centre  # (3, voxels)
+    wanted = (points + displacement[0].flatten(1)).double()
+    known = torch.cat([points, torch.ones_like(points[:1])]).double()
+    weight = mask.flatten().double() + 1e-6
+    matrix = torch.linalg.solve((known * weight) @ known.T, (known * weight) @ wanted.T).T
+    return matrix[None].float()
+
+
+def affine_on(affine: Tensor, shape: torch.Size, size: torch.Size) -> Tensor:
+    """An affine map of a grid of `shape` as one of the grid of `size` over the same extent."""
+    ratio = _ratio(shape, size, affine)
+    linear = affine[..., :3] / ratio * ratio.mT
+    return torch.cat([linear, affine[..., 3:] / ratio], -1)
+
+
+def _ratio(shape: torch.Size, size: torch.Size, like: Tensor) -> Tensor:
+    """Voxels of a grid of `shape` in one of `size` along each axis, (3, 1)."""
+    return like.new_tensor([[a / b] for a, b in zip(shape, size, strict=True)])
+
+
+def _apply(affine: Tensor, coordinates: Tensor) -> Tensor:
+    """An affine map about the grid's centre of coordinates (1, 3, *shape)."""
+    shape = coordinates.shape[2:]
+    centre = coordinates.new_tensor([(size - 1) / 2 for size in shape])[:, None]
+    moved = affine[..., :3] @ (coordinates.flatten(2) - centre) + centre + affine[..., 3:]
+    return moved.view_as(coordinates)
+
+
+def _residual(displacement: Tensor, affine: Tensor) -> Tensor:
+    """w with affine(x + w(x)) = x + displacement(x), (1, 3, *shape), voxels."""
+    grid = identity_grid(displacement.shape[2:], displacement)
+    inverse = torch.linalg.inv(affine[..., :3])
+    back = torch.cat([inverse, -inverse @ affine[..., 3:]], -1)
+    return _apply(back, grid + displacement) - grid
+
+
+def _resize(displacement: Tensor, size: torch.Size) -> Tensor:
+    """A displacement on another grid over the same extent, in that grid's voxels."""
+    shape = displacement.shape[2:]
+    if shape == size:
+        return displacement
+    ratio = _ratio(size, shape, displacement).view(1, 3, 1, 1, 1)
+    coarser = all(a <= b for a, b in zip(size, shape, strict=True))
+    resized = (
+        F.adaptive_avg_pool3d(displacement, (size[0], size[1], size[2]))
+        if coarser
+        else F.interpolate(displacement, size=size, mode="trilinear", align_corners=False)
+    )
+    return resized * ratio

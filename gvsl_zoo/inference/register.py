@@ -1,0 +1,234 @@
+"""Registration: the anatomy of one scan brought onto another, in world millimetres; no training."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, VolumeError
+from ..losses import local_correlation
+from ..models.gvsl import GVSL
+from ..spatial import identity_grid, sample
+from ..transforms import (
+    Affine,
+    Chain,
+    Displacement,
+    Grid,
+    affine_from_voxels,
+    displacement_from_voxels,
+    jacobian,
+    to_displacement,
+    warp_volume,
+)
+from ..volume import Prepared, Preprocessing, Volume, prepare, read_volume
+from .features import dense_features, device_of, mask_on_grid, preprocessing_of
+from .refine import Images, Progress, fit
+from .sliding import evaluate
+
+MAX_VOXELS = 176**3  # of the grid that is matched on; larger scans are matched at a coarser spacing
+REFINING_STEPS = 90  # where nothing is said and a model has no matching heads
+SMALLEST_OVERLAP = 0.05  # of the fixed scan that the moving one must cover, once both are laid over each other
+SEARCH_VOXELS = 24  # of the coarse grid along its longest axis, on which shifts are tried
+SEARCH_WINDOW = 5
+Scan = Volume | str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Registration:
+    """Where each point of the fixed scan lies in the moving one.
+
+    warped: the moving scan on the fixed one's grid, resampled once.
+    displacement_mm: the whole transform on the fixed scan's grid; `transforms.write_transform` writes it for ITK.
+    affine: the affine part, world to world: first the shift that lays the scans over each other.
+    jacobian: local volume change on the fixed scan's grid; at most 0 where the map folds.
+    report: ncc_before (as the headers have it), ncc_start (laid over each other), ncc_after: local squared correlation
+        in [0, 1]; folded: share of voxels; displacement_mm: mean; answer: what the result rests on; seconds.
+    """
+
+    warped: Volume
+    displacement_mm: Displacement
+    affine: Affine
+    jacobian: Volume
+    report: dict[str, Any]
+
+
+def register(
+    moving: Scan,
+    fixed: Scan,
+    model: nn.Module,
+    *,
+    fixed_mask: Scan | None = None,
+    moving_mask: Scan | None = None,
+    refine: int | None = None,
+    precision: str = "float32",
+    progress: Progress | None = None,
+) -> Registration:
+    """Register two scans of any grids, spacings, orientations and fields of view.
+
+    First the shift between the scans is sought, from the headers and from the bodies' centres. Then the model's
+    matching heads answer in one pass; an answer that correlates worse than none is not taken. Last, with `refine`,
+    affine and displacement are fitted to this pair, to the images and to the dense features of the model.
+
+    Args:
+        moving, fixed: scans of one channel, or paths.
+        model: loaded with task="registration"; or any model with `preprocessing` that gives dense features, which then
+            drive the fit alone.
+        fixed_mask, moving_mask: on the grids of their scans; only where they are above 0 the images count.
+        refine: steps of the fit; 0 takes the heads' answer as it is. Default 0 with heads, 90 without.
+        precision: of the model, "float32" or "bf16".
+        progress: called with (steps done, steps in all).
+
+    Errors: VolumeError for a scan or mask that cannot be used, or scans that do not overlap; ArgumentError for no
+        refinement without heads.
+    """
+    began = time.perf_counter()
+    heads = isinstance(model, GVSL)
+    steps = (0 if heads else REFINING_STEPS) if refine is None else refine
+    if steps < 0 or not (steps or heads):
+        raise ArgumentError(f"refine={steps} with a {type(model).__name__}", "without matching heads give 1 or more")
+    recipe = preprocessing_of(model)
+    fixed, moving = (scan if isinstance(scan, Volume) else read_volume(scan) for scan in (fixed, moving))
+    on_fixed = prepare(fixed, replace(recipe, spacing_mm=_spacing(fixed, recipe)))
+    on_moving = prepare(moving, replace(recipe, spacing_mm=on_fixed.spacing_mm))
+    masks = (_mask(fixed_mask, on_fixed), _mask(moving_mask, on_moving))
+
+    start = lay_over(on_fixed, on_moving, masks)
+    image, inside = read_at(on_moving.image, on_fixed, on_moving, start), read_at(masks[1], on_fixed, on_moving, start)
+    overlap = float((inside * masks[0]).sum() / masks[0].sum())
+    if overlap < SMALLEST_OVERLAP:
+        cause = f"the moving scan covers {100 * overlap:.1f} % of the fixed one"
+        raise VolumeError(cause, "check that both show one part of the body, or crop the fixed scan to what both show")
+    before = correlation(read_at(on_moving.image, on_fixed, on_moving, Affine(np.eye(4))), on_fixed.image, masks[0])
+    at_start = correlation(image, on_fixed.image, masks[0])
+
+    affine = torch.eye(3, 4)[None]
+    displacement = torch.zeros(1, 3, *on_fixed.shape)
+    answer = "the shift alone"
+    if isinstance(model, GVSL):
+        device = device_of(model)
+        matching = evaluate(
+            lambda pair: model(*pair.split(1)), torch.cat([on_fixed.image, image]).to(device), precision
+        )
+        found = matching.displacement.float().cpu()
+        if correlation(moved(image, found), on_fixed.image, masks[0]) > at_start:
+            affine, displacement, answer = matching.affine.float().cpu(), found, "the model's matching heads"
+    if steps:
+        local = [
+            dense_features(replace(on_fixed, image=x), model, precision=precision)[None]
+            for x in (on_fixed.image, image)
+        ]
+        images = Images(on_fixed.image, image, (local[0], local[1]), (masks[0], inside))
+        fitted_affine, fitted = fit(images, steps, displacement, progress)
+        if fitted is not displacement:
+            affine, displacement, answer = fitted_affine, fitted, "fitted to the pair"
+
+    whole = Chain((displacement_from_voxels(displacement, on_fixed), start))
+    merged = to_displacement(whole, Grid.of(fixed))
+    volume_change = jacobian(merged)
+    warped = warp_volume(moving, merged, Grid.of(fixed))
+    after = correlation(moved(image, displacement), on_fixed.image, masks[0])
+    report = {
+        "ncc_before": before,
+        "ncc_start": at_start,
+        "ncc_after": after,
+        "folded": float((volume_change.data <= 0).mean()),
+        "displacement_mm": float(np.linalg.norm(merged.field_mm, axis=-1).mean()),
+        "overlap": overlap,
+        "answer": answer,
+        "spacing_mm": on_fixed.spacing_mm,
+        "seconds": time.perf_counter() - began,
+    }
+    linear = affine_from_voxels(affine, on_fixed)
+    return Registration(warped, merged, Affine(start.matrix @ linear.matrix), volume_change, report)
+
+
+def correlation(image: Tensor, fixed: Tensor, mask: Tensor) -> float:
+    """Mean local squared correlation where the mask says so, in [0, 1]; all (1, 1, D, H, W)."""
+    return float((local_correlation(image, fixed) * mask).sum() / mask.sum())
+
+
+def moved(image: Tensor, displacement: Tensor) -> Tensor:
+    """An image (1, C, D, H, W) read at x + displacement(x), voxels, its border going on outside."""
+    return sample(image, identity_grid(image.shape[2:], image) + displacement, padding="border")
+
+
+def read_at(image: Tensor, on_fixed: Prepared, on_moving: Prepared, transform: Affine) -> Tensor:
+    """An image (1, C, D, H, W) of the moving grid on the fixed grid, through a transform of the world; 0 outside."""
+    matrix = np.linalg.inv(on_moving.affine) @ transform.matrix @ on_fixed.affine  # voxels (z, y, x) to voxels
+    points = identity_grid(on_fixed.shape, image)
+    linear, shift = (torch.from_numpy(part).float() for part in (matrix[:3, :3], matrix[:3, 3:]))
+    return sample(image, (linear @ points.flatten(1) + shift).view(1, *points.shape))
+
+
+def lay_over(on_fixed: Prepared, on_moving: Prepared, masks: tuple[Tensor, Tensor]) -> Affine:
+    """The shift that lays the moving scan over the fixed one, world to world.
+
+    Tried are the headers' own, and that of the bodies' centres with shifts around it: along z as far as the scans
+    reach, as one may show more of the body; the best mean local correlation wins, and the headers' on a tie.
+    """
+    factor = max(1, round(max(on_fixed.shape) / SEARCH_VOXELS))
+    still, moved = (_coarse(prepared, factor) for prepared in (on_fixed, on_moving))
+    weights = [_coarse(replace(p, image=m), factor).image for p, m in ((on_fixed, masks[0]), (on_moving, masks[1]))]
+    centres = [_centre_mm(p, w) for p, w in zip((still, moved), weights, strict=True)]
+    step = np.array(still.spacing_mm)[::-1]  # x, y, z
+    reach = int(max(still.shape[0], moved.shape[0])) // 2
+    shifts = [np.zeros(3), centres[1] - centres[0]]
+    for z, y, x in itertools.product(range(-reach, reach + 1), (-2, 0, 2), (-2, 0, 2)):
+        shifts.append(shifts[1] + step * np.array([x, y, z]))
+    best, best_score = shifts[0], -1.0
+    both = torch.cat([moved.image, weights[1]], 1)
+    for shift in shifts:
+        matrix = np.eye(4)
+        matrix[:3, 3] = shift
+        image, inside = read_at(both, still, moved, Affine(matrix)).split(1, 1)
+        score = float((local_correlation(image, still.image, SEARCH_WINDOW) * inside * weights[0]).mean())
+        if score > best_score + 1e-6:
+            best, best_score = shift, score
+    matrix = np.eye(4)
+    matrix[:3, 3] = best
+    return Affine(matrix)
+
+
+def _coarse(prepared: Prepared, factor: int) -> Prepared:
+    """The same image on voxels `factor` times as wide an axis."""
+    D, H, W = (-(-size // factor) for size in prepared.shape)
+    shape = (D, H, W)
+    image = nn.functional.adaptive_avg_pool3d(prepared.image, shape)
+    ratio = np.array([a / b for a, b in zip(prepared.shape, shape, strict=True)])
+    to_fine = np.diag([*ratio, 1.0])
+    to_fine[:3, 3] = (ratio - 1) / 2
+    return replace(prepared, image=image, affine=prepared.affine @ to_fine)
+
+
+def _centre_mm(prepared: Prepared, weight: Tensor) -> np.ndarray:
+    """World point (x, y, z) of the centre of what is not air."""
+    mass = ((prepared.image - prepared.image.min()) * weight)[0, 0].double()
+    mass = mass if mass.any() else torch.ones_like(mass)
+    centre = [
+        (mass.sum([d for d in range(3) if d != axis]) @ torch.arange(n).double() / mass.sum()).item()
+        for axis, n in enumerate(mass.shape)
+    ]
+    return (prepared.affine @ np.array([*centre, 1.0]))[:3]
+
+
+def _spacing(volume: Volume, recipe: Preprocessing) -> tuple[float, float, float]:
+    """The model's spacing (z, y, x), or a multiple of it where the scan would have more than MAX_VOXELS."""
+    order = np.argmax(np.abs(volume.affine[:3, :3]), axis=0)
+    extent = np.empty(3)
+    extent[order] = np.array(volume.shape) * np.array(volume.spacing_mm)  # x, y, z
+    wanted = np.array(recipe.spacing_mm or np.array(volume.spacing_mm)[np.argsort(order)][::-1])
+    coarser = max(1.0, float(np.prod(extent[::-1] / wanted) / MAX_VOXELS) ** (1 / 3))
+    z, y, x = (coarser * wanted).tolist()
+    return z, y, x
+
+
+def _mask(mask: Scan | None, prepared: Prepared) -> Tensor:
+    """The part of every voxel that counts, (1, 1, D, H, W)."""
+    return torch.ones_like(prepared.image) if mask is None else mask_on_grid(mask, prepared)[None, None]

@@ -1,0 +1,258 @@
+"""Registration: identity, shifts, orientations, masks and fields of view; phantoms of a known anatomy."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from click.testing import CliRunner
+
+from gvsl_zoo import Volume, load, read_volume, write_volume
+from gvsl_zoo.cli import main
+from gvsl_zoo.errors import ArgumentError, VolumeError
+from gvsl_zoo.inference.atlas import segment_by_atlas
+from gvsl_zoo.inference.refine import Images, exponential, fit, fit_affine
+from gvsl_zoo.inference.register import lay_over, register
+from gvsl_zoo.pretrain.anatomy import LABELS, sample_subject
+from gvsl_zoo.spatial import affine_coordinates, identity_grid, jacobian_determinant, sample
+from gvsl_zoo.transforms import Grid, warp_volume
+from gvsl_zoo.volume import prepare
+
+MM = 4.0
+SHAPE = (64, 64, 64)
+
+
+def subject(seed, shape=SHAPE):
+    """A synthetic scan of 4 mm and its label map, axes (x, y, z)."""
+    found = sample_subject(shape, torch.Generator().manual_seed(seed), (MM,) * 3)
+    affine = np.diag([MM, MM, MM, 1.0])
+    scan = found.hu.round().to(torch.int16).numpy().transpose(2, 1, 0)
+    return Volume(scan, affine), Volume(found.labels.numpy().astype(np.uint8).transpose(2, 1, 0), affine)
+
+
+@pytest.fixture(scope="module")
+def heads():
+    return load("gvsl-unet-ct-nano", task="registration")
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return subject(1), subject(2)
+
+
+def mean_dice(a, b):
+    organs = [number for label, number in LABELS.items() if label not in ("background", "soft_tissue", "fat")]
+    scores = []
+    for number in organs:
+        x, y = a.data == number, b.data == number
+        if min(x.sum(), y.sum()) >= 50:
+            scores.append(2 * (x & y).sum() / (x.sum() + y.sum()))
+    return float(np.mean(scores))
+
+
+def moved_by(volume, shift_mm):
+    affine = volume.affine.copy()
+    affine[:3, 3] += shift_mm
+    return Volume(volume.data, affine)
+
+
+# --- Theorems of the fit -------------------------------------------------------------------------------------------
+
+
+def test_the_exponential_of_no_velocity_is_the_identity_and_of_a_constant_one_its_shift():
+    shift = torch.tensor([1.5, -2.0, 0.25]).view(1, 3, 1, 1, 1).expand(1, 3, 6, 7, 8)
+    assert torch.equal(exponential(torch.zeros(1, 3, 6, 7, 8)), torch.zeros(1, 3, 6, 7, 8))
+    torch.testing.assert_close(exponential(shift.contiguous()), shift)
+
+
+def test_the_exponential_does_not_fold_and_that_of_the_opposite_velocity_undoes_it(generator):
+    rough = torch.randn(1, 3, 4, 4, 4, generator=generator)
+    velocity = 1.5 * torch.nn.functional.interpolate(rough, size=(24, 24, 24), mode="trilinear", align_corners=True)
+    there, back = exponential(velocity), exponential(-velocity)
+    assert (jacobian_determinant(there) > 0).all()
+    grid = identity_grid((24, 24, 24), there)
+    error = there + sample(back, grid + there, padding="border")
+    assert error[..., 8:-8, 8:-8, 8:-8].norm(dim=1).max() < 0.2
+
+
+def test_the_affine_of_an_affine_displacement_is_found_again(generator):
+    affine = torch.eye(3, 4)[None] + 0.1 * torch.randn(1, 3, 4, generator=generator)
+    displacement = affine_coordinates(affine, (9, 10, 11)) - identity_grid((9, 10, 11), affine)
+    torch.testing.assert_close(fit_affine(displacement, torch.ones(1, 1, 9, 10, 11)), affine, atol=1e-5, rtol=0)
+
+
+def test_a_fit_that_is_no_better_than_its_start_gives_the_start():
+    image = torch.rand(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    ones, start = torch.ones_like(image), torch.zeros(1, 3, 16, 16, 16)
+    _, found = fit(Images(image, image, None, (ones, ones)), 3, start)
+    assert torch.equal(found, start)
+
+
+# --- Registration --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refine", [0, 12])
+def test_a_scan_is_registered_to_itself_by_less_than_a_twentieth_of_a_voxel(heads, pair, refine):
+    scan = pair[0][0]
+    found = register(scan, scan, heads, refine=refine)
+    assert np.linalg.norm(found.displacement_mm.field_mm, axis=-1).mean() < 0.05 * MM
+    assert found.report["ncc_after"] > 0.99 and found.report["folded"] == 0
+
+
+def test_the_shift_between_two_headers_is_found(heads, pair):
+    scan = pair[0][0]
+    shift = np.array([40.0, -120.0, 300.0])
+    found = register(moved_by(scan, shift), scan, heads)
+    field = found.displacement_mm.field_mm.reshape(-1, 3).mean(0)
+    assert np.abs(field - shift).max() < MM
+    assert found.report["ncc_after"] > 0.5
+
+
+def test_refinement_brings_organs_together_without_folding(heads, pair):
+    (fixed, fixed_labels), (moving, moving_labels) = pair
+    before = warp_volume(moving_labels, lay_over_of(fixed, moving, heads), Grid.of(fixed), nearest=True)
+    found = register(moving, fixed, heads, refine=60)
+    after = warp_volume(moving_labels, found.displacement_mm, Grid.of(fixed), nearest=True)
+    assert mean_dice(after, fixed_labels) > mean_dice(before, fixed_labels) + 0.2
+    assert found.report["folded"] < 0.005
+    assert found.report["answer"] == "fitted to the pair"
+
+
+def lay_over_of(fixed, moving, model):
+    still, other = (prepare(volume, model.preprocessing) for volume in (fixed, moving))
+    return lay_over(still, other, (torch.ones_like(still.image), torch.ones_like(other.image)))
+
+
+def test_another_orientation_and_spacing_of_the_moving_file_changes_little(heads, pair):
+    (fixed, _), (moving, _) = pair
+    turned = nib.as_closest_canonical(nib.Nifti1Image(moving.data, moving.affine)).as_reoriented(
+        nib.orientations.axcodes2ornt("PIR")
+    )
+    other = Volume(np.asanyarray(turned.dataobj), turned.affine)
+    a, b = (register(volume, fixed, heads).displacement_mm.field_mm for volume in (moving, other))
+    assert np.abs(a - b).max() < 0.01
+
+
+def test_a_backbone_without_heads_registers_by_its_features(pair):
+    (fixed, _), (moving, _) = pair
+    found = register(moving, fixed, load("gvsl-unet-ct-nano"), refine=30)
+    assert found.report["ncc_after"] > found.report["ncc_start"] + 0.1
+
+
+def test_the_same_pair_gives_the_same_bits(heads, pair):
+    (fixed, _), (moving, _) = pair
+    a, b = (register(moving, fixed, heads, refine=6).displacement_mm.field_mm for _ in range(2))
+    assert np.array_equal(a, b)
+
+
+def test_what_a_mask_leaves_out_does_not_count(heads, pair):
+    (fixed, _), (moving, _) = pair
+    mask = np.zeros(fixed.shape, np.uint8)
+    mask[:, :, :40] = 1
+    spoiled = fixed.data.copy()
+    spoiled[:, :, 56:] = 1000
+    scans = (fixed, Volume(spoiled, fixed.affine))
+    a, b = (
+        register(moving, scan, load("gvsl-unet-ct-nano"), fixed_mask=Volume(mask, fixed.affine), refine=12)
+        for scan in scans
+    )
+    assert abs(a.report["ncc_start"] - b.report["ncc_start"]) < 0.01
+
+
+# --- Bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_without_heads_and_without_refinement_there_is_nothing_to_do(pair):
+    with pytest.raises(ArgumentError, match="without matching heads give 1 or more"):
+        register(pair[1][0], pair[0][0], load("gvsl-unet-ct-nano"), refine=0)
+
+
+def test_an_empty_mask_and_one_on_another_grid_are_refused(heads, pair):
+    (fixed, _), (moving, _) = pair
+    with pytest.raises(VolumeError, match="no voxel above 0"):
+        register(moving, fixed, heads, fixed_mask=Volume(np.zeros(fixed.shape, np.uint8), fixed.affine))
+    with pytest.raises(VolumeError, match="is not the scan's"):
+        register(moving, fixed, heads, moving_mask=Volume(np.ones((8, 8, 8), np.uint8), fixed.affine))
+
+
+def test_a_film_is_refused(heads, pair, tmp_path):
+    nib.save(nib.Nifti1Image(np.zeros((32, 32), np.int16), np.eye(4)), tmp_path / "film.nii.gz")
+    with pytest.raises(VolumeError, match=r"film\.nii\.gz"):
+        register(tmp_path / "film.nii.gz", pair[0][0], heads)
+
+
+# --- The command ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_what_simpleitk_applies_to_the_same_result(pair, tmp_path):
+    for name, (scan, labels) in zip(("fixed", "moving"), pair, strict=True):
+        write_volume(scan, tmp_path / f"{name}.nii.gz")
+        write_volume(labels, tmp_path / f"{name}_labels.nii.gz")
+    paths = {
+        "--warped-out": "warped.nii.gz",
+        "--transform-out": "transform.nii.gz",
+        "--affine-out": "affine.tfm",
+        "--save-inverse": "inverse.nii.gz",
+        "--jacobian-out": "jacobian.nii.gz",
+        "--labels-out": "labels.nii.gz",
+        "--picture": "picture.png",
+    }
+    call = ["register", "--fixed", tmp_path / "fixed.nii.gz", "--moving", tmp_path / "moving.nii.gz", "--json"]
+    call += ["--moving-labels", tmp_path / "moving_labels.nii.gz", "--refine", 12]
+    call += [part for option, path in paths.items() for part in (option, tmp_path / path)]
+    done = CliRunner().invoke(main, list(map(str, call)))
+    assert done.exit_code == 0, done.output
+    assert all((tmp_path / path).exists() for path in paths.values())
+    assert json.loads(done.stdout)["ncc_after"] > json.loads(done.stdout)["ncc_start"]
+
+    field = sitk.ReadImage(str(tmp_path / "transform.nii.gz"), sitk.sitkVectorFloat64)
+    fixed, moving = (sitk.ReadImage(str(tmp_path / f"{name}.nii.gz"), sitk.sitkFloat32) for name in ("fixed", "moving"))
+    theirs = sitk.Resample(
+        moving, fixed, sitk.DisplacementFieldTransform(field), sitk.sitkLinear, float(pair[1][0].data.min())
+    )
+    ours = read_volume(tmp_path / "warped.nii.gz").data
+    inside = slice(4, -4)
+    difference = np.abs(sitk.GetArrayFromImage(theirs).transpose(2, 1, 0) - ours)[inside, inside, inside]
+    assert np.percentile(difference, 99) < 1.0  # HU
+
+
+def test_labels_without_a_place_to_go_and_outputs_of_another_kind_are_refused(pair, tmp_path):
+    for name, (scan, _) in zip(("fixed", "moving"), pair, strict=True):
+        write_volume(scan, tmp_path / f"{name}.nii.gz")
+    call = ["register", "--fixed", str(tmp_path / "fixed.nii.gz"), "--moving", str(tmp_path / "moving.nii.gz")]
+    for more, cause in (
+        (["--moving-labels", str(tmp_path / "fixed.nii.gz")], "go together"),
+        (["--affine-out", str(tmp_path / "a.nii.gz")], "has no ending for this"),
+        (["--warped-out", str(tmp_path / "moving.nii.gz")], "moving.nii.gz"),
+    ):
+        done = CliRunner().invoke(main, call + more)
+        assert done.exit_code in (1, 2) and cause in done.output
+
+
+# --- Labels by atlases ---------------------------------------------------------------------------------------------
+
+
+def test_a_scan_that_is_its_own_atlas_keeps_its_labels(heads, pair):
+    scan, labels = pair[0]
+    assert np.array_equal(segment_by_atlas(scan, [(scan, labels)], heads, refine=3).data, labels.data)
+
+
+def test_atlases_bring_more_of_the_labels_than_lie_there_already(heads, pair):
+    (fixed, truth), atlas = pair
+    found = segment_by_atlas(fixed, [atlas, subject(3)], heads, refine=45)
+    assert mean_dice(found, truth) > mean_dice(atlas[1], truth) + 0.2
+    assert set(np.unique(found.data)) <= set(LABELS.values())
+
+
+def test_atlases_without_labels_on_their_grid_are_refused(heads, pair):
+    scan, labels = pair[0]
+    with pytest.raises(ArgumentError, match="give a labelled scan"):
+        segment_by_atlas(scan, [], heads)
+    with pytest.raises(VolumeError, match="give a label map on its scan's grid"):
+        segment_by_atlas(scan, [(scan, Volume(labels.data[:-1], labels.affine))], heads)
+    with pytest.raises(ArgumentError, match="nothing but background"):
+        segment_by_atlas(scan, [(scan, Volume(np.zeros_like(labels.data), labels.affine))], heads)
