@@ -221,6 +221,14 @@ def test_the_verdict_does_not_flatter():
     assert re.match(r"zoo, full: hurts by [78]\.\d \+- 1\.\d Dice at 3 scans$", invented({3: -8.0}).verdicts[0])
 
 
+def test_between_sure_and_unclear_the_verdict_says_probably():
+    row = replace(invented({1: 2.0}).comparisons[0], p=0.03, p_corrected=0.06)
+    assert row.effect == "probably helps"
+    assert replace(row, difference=-row.difference).effect == "probably hurts"
+    assert replace(row, p=0.06, p_corrected=0.06).effect == "unclear"
+    assert replace(row, p_corrected=0.03).effect == "helps"
+
+
 def test_pairs_make_a_difference_sure_that_the_spread_of_cases_would_hide():
     [row] = invented({1: 2.0}).comparisons
     assert row.effect == "helps" and row.half < 2 < 10

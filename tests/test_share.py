@@ -626,7 +626,7 @@ def nano():
     ("make", "settings", "error", "match"),
     [
         (headed, {}, ArgumentError, "a SegmentationModel whose 2 classes have no names cannot be saved"),
-        (feature_list, {}, ArgumentError, "a FeatureList cannot be saved; save a backbone, a whole module or a trained head"),
+        (feature_list, {}, ArgumentError, "a FeatureList cannot be saved; save a backbone, a whole module"),
         (without_an_entry, {}, ArgumentError, "a UNet without an entry cannot be saved; .*entry="),
         (of_the_authors, {}, ArgumentError, "gvsl-unet-ct is its authors' and not for us to publish .none stated"),
         (not_finite, {}, WeightsError, "holds NaN or Inf as torch.float32; do not save this model"),

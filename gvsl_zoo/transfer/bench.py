@@ -46,8 +46,8 @@ OVERLAP = 0.25  # of windows, in the test
 SURE = 0.05
 STATISTICS = (
     "difference +- half of its 95 % interval, and p of the paired test, over seeds x test cases, both random and "
-    "crossed (two-way mean squares, Satterthwaite; never narrower than Student's over either alone); a verdict needs "
-    f"p < {SURE} after Holm's correction for the number of comparisons"
+    "crossed (two-way mean squares, Satterthwaite; never narrower than Student's over either alone); helps or hurts: "
+    f"p < {SURE} after Holm's correction for the number of comparisons; probably: before it"
 )
 METRIC = {"segmentation": "Dice", "classification": "accuracy"}
 CELLS, SETTINGS, RESULTS, CURVES = "cells", "settings.json", "results.json", "curves.png"
@@ -91,8 +91,10 @@ class Comparison:
 
     @property
     def effect(self) -> str:
-        """helps, hurts or unclear."""
-        return "unclear" if self.p_corrected >= SURE else "helps" if self.difference > 0 else "hurts"
+        """helps or hurts, with "probably" before it where that holds for this comparison but not for all; or unclear."""
+        if self.p >= SURE:
+            return "unclear"
+        return ("probably " if self.p_corrected >= SURE else "") + ("helps" if self.difference > 0 else "hurts")
 
 
 @dataclass(frozen=True)
