@@ -91,7 +91,7 @@ class Comparison:
 
     @property
     def effect(self) -> str:
-        """helps or hurts, with "probably" before it where that holds for this comparison but not for all; or unclear."""
+        """helps or hurts, "probably" where that holds for this comparison alone, not among all; or unclear."""
         if self.p >= SURE:
             return "unclear"
         return ("probably " if self.p_corrected >= SURE else "") + ("helps" if self.difference > 0 else "hurts")
