@@ -221,7 +221,7 @@ def own_step(folder: Path, size: int, bf16: bool) -> Callable[[Clock], None]:
     )
     task = Pretraining(build(config, None), config).train()
     task.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    optimizer = torch.optim.Adam(task.parameters(), lr=config.learning_rate)
+    optimizer = torch.optim.Adam(task.parameters(), lr=config.learning_rate, fused=True)
     pairs = Pairs(config, open_data(str(folder / "store"), config, None), pairs_a_step=1)
     numbers = itertools.count()
 

@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="gvsl-unet-ct-nano")
     parser.add_argument("--modes", default="full,linear")
+    parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args()
     task, data = TASKS[options.task], options.data.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -71,6 +72,7 @@ def main() -> None:
         task.config,
         options.out,
         counts=task.counts,
+        seeds=options.seeds,
         modes=options.modes.split(","),
         device="cpu",
         say=partial(print, flush=True),

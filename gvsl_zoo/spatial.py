@@ -31,7 +31,7 @@ def sample(image: Tensor, coordinates: Tensor, *, mode: str = "bilinear", paddin
 
     mode: "bilinear" (linear along every axis) or "nearest". padding: "zeros" or "border" outside the image.
     """
-    sizes = coordinates.new_tensor(image.shape[2:]).view(1, -1, *[1] * (coordinates.ndim - 2))
+    sizes = _vector(image.shape[2:], coordinates).view(1, -1, *[1] * (coordinates.ndim - 2))
     unit = coordinates.flip(1).mul_(2).add_(1).div_(sizes.flip(1)).sub_(1)  # centres lie half a voxel inside [-1, 1]
     grid = unit.movedim(1, -1)  # grid_sample wants (x, y, z) last
     image = image.to(grid.dtype)
@@ -124,7 +124,8 @@ def affine_matrix(parameters: Tensor) -> Tensor:
         for (i, j), theta in zip(planes, angle.unbind(1), strict=True):  # about axis 0 first, axis 2 last
             linear = _plane_rotation(eye, i, j, theta) @ linear
         linear = (scale.clamp(-1, 1) * MAX_SCALING + 1)[:, :, None] * linear
-        slots = torch.eye(ndim * ndim, dtype=eye.dtype, device=eye.device)[eye.flatten() == 0]  # one-hot rows
+        slots = torch.eye(ndim * ndim, dtype=eye.dtype, device=eye.device)  # one-hot rows
+        slots = slots[1:].view(ndim - 1, ndim + 1, -1)[:, :-1].flatten(0, 1)  # those off the diagonal
         tangent = (shear.clamp(-1, 1) * MAX_SHEAR).tan()
         shears = eye + (tangent @ slots).view(-1, ndim, ndim)
         return torch.cat([shears @ linear, translation[..., None]], -1)
@@ -141,11 +142,16 @@ def _plane_rotation(eye: Tensor, i: int, j: int, theta: Tensor) -> Tensor:
 def affine_coordinates(affine: Tensor, shape: Sequence[int]) -> Tensor:
     """Where the affine sends every voxel of a grid of `shape`: (B, n, *shape), voxels."""
     grid = identity_grid(shape, affine)
-    centre = grid.new_tensor([(size - 1) / 2 for size in shape])[:, None]
+    centre = _vector([(size - 1) / 2 for size in shape], grid)[:, None]
     with full_precision(affine):
         affine = affine.float()
         mapped = affine[:, :, :-1] @ (grid.flatten(1) - centre) + centre + affine[:, :, -1:]
     return mapped.view(len(affine), *grid.shape)
+
+
+def _vector(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers as a tensor beside `like`, filled there: a copy from the host would wait for the GPU."""
+    return torch.stack([like.new_full((), number) for number in numbers])
 
 
 def affine_warp(moving: Tensor, affine: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gvsl_zoo import load
 from gvsl_zoo.cli import main
@@ -851,6 +852,32 @@ def test_a_short_training_learns_to_restore_images_it_has_not_seen(tmp_path):
 def test_a_run_on_a_gpu_logs_finite_terms(tmp_path):
     loop.pretrain(settings(2), tmp_path, device="cuda")
     assert all(torch.tensor([record[term] for term in TERMS]).isfinite().all() for record in records(tmp_path))
+
+
+class Waits(TorchDispatchMode):
+    """Notes what would make a GPU's host wait: reading values, shapes that depend on values, copies of host numbers."""
+
+    OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh")
+
+    def __init__(self):
+        super().__init__()
+        self.noted = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        masks = args[1] if function is torch.ops.aten.index.Tensor else ()
+        chosen = any(isinstance(mask, torch.Tensor) and mask.dtype == torch.bool for mask in masks)
+        if chosen or any(name in str(function) for name in self.OPERATIONS):
+            self.noted.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("changed", [{}, {"displacement": 0.1, "affine": 0.1}, {"objective": "restoration"}], ids=str)
+def test_the_forward_and_backward_pass_of_a_batch_never_wait_for_its_numbers(changed):
+    task, given = Pretraining(GVSL(UNet(3, 8), affine_width=8), settings(**changed)), batch(**changed)
+    generator = seeded(CPU, 0)
+    with Waits() as waits:
+        sum(task(given, generator).values(), torch.zeros(())).backward()
+    assert waits.noted == []
 
 
 @pytest.mark.gpu

@@ -26,10 +26,11 @@ COMMANDS = [
 
 
 @pytest.fixture
-def with_scan(tmp_path, monkeypatch):
+def with_scans(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    subject = sample_subject((40, 40, 48), torch.Generator().manual_seed(0), spacing_mm=(6.0, 6.0, 6.0))
-    write_volume(as_volume(subject), tmp_path / "scan.nii.gz")
+    for seed, name in enumerate(("scan", "other")):
+        subject = sample_subject((40, 40, 48), torch.Generator().manual_seed(seed), spacing_mm=(6.0, 6.0, 6.0))
+        write_volume(as_volume(subject), tmp_path / f"{name}.nii.gz")
 
 
 def test_the_tables_are_those_of_the_registry_and_of_the_measurements(monkeypatch):
@@ -40,7 +41,7 @@ def test_the_tables_are_those_of_the_registry_and_of_the_measurements(monkeypatc
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
-def test_every_python_block_runs(block, with_scan):
+def test_every_python_block_runs(block, with_scans):
     names: dict = {}
     exec(compile(block, "README.md", "exec"), names)
     assert "gvsl_zoo" in sys.modules and len(names) > 2
@@ -48,7 +49,7 @@ def test_every_python_block_runs(block, with_scan):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_runs(command, with_scan):
+def test_every_command_runs(command, with_scans):
     result = CliRunner().invoke(main, shlex.split(command)[1:])
     assert result.exit_code == 0, result.output
 

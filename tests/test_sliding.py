@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from gvsl_zoo.errors import ArgumentError
-from gvsl_zoo.inference.sliding import Windows, ready_copy, sliding_slabs, sliding_window
+from gvsl_zoo.inference.sliding import QUICKER, Windows, ready_copy, sliding_slabs, sliding_window
 from gvsl_zoo.models.unet import UNet
 
 GRIDS = list(itertools.product([1, 2, 7, 16, 33, 64], [1, 3, 8, 20], [0.0, 0.25, 0.5, 0.8, 0.95]))
@@ -145,6 +146,39 @@ def test_a_ready_copy_computes_the_same_and_leaves_the_module_alone() -> None:
     assert copy.down1.maxpool_conv[1].double_conv[0].weight.is_contiguous(memory_format=torch.channels_last_3d)
     with torch.inference_mode():
         torch.testing.assert_close(copy(x), module.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability()[:3] != "AVX", reason="for x86 CPUs")
+def test_a_ready_copys_group_norm_is_right_where_pytorchs_is_off() -> None:
+    norm = nn.GroupNorm(2, 16)
+    nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
+    nn.init.normal_(norm.bias, generator=torch.Generator().manual_seed(1))
+    x = (image(2, 16, 64, 64, 64) + 3).contiguous(memory_format=torch.channels_last_3d)
+    with torch.inference_mode():
+        expected = F.group_norm(x.double(), 2, norm.weight.double(), norm.bias.double()).float()
+        torch.testing.assert_close(ready_copy(norm)(x), expected, rtol=1e-6, atol=2e-6)
+        assert (norm(x) - expected).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv3d(2, 4, 3, 2, 1), nn.Conv3d(2, 4, 1, bias=False), nn.Conv3d(2, 4, 3, groups=2)]
+)
+def test_a_ready_copys_convolution_is_the_same_in_both_precisions(layer: nn.Conv3d) -> None:
+    x, ready = image(1, 2, 5, 6, 7), ready_copy(layer)
+    with torch.inference_mode():
+        torch.testing.assert_close(ready(x), layer(x), rtol=1e-5, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(ready(x).float(), layer(x).float(), rtol=0.02, atol=0.02)
+    assert type(layer) is nn.Conv3d
+
+
+def test_a_layer_of_a_class_of_its_own_keeps_it() -> None:
+    class Padded(nn.Conv3d):
+        pass
+
+    module = nn.Sequential(Padded(1, 1, 1), nn.Conv3d(1, 1, 1))
+    own, quick = ready_copy(module)
+    assert type(own) is Padded and type(quick) in (nn.Conv3d, QUICKER[nn.Conv3d])
 
 
 def test_bf16_is_close_to_float32_and_blended_in_float32() -> None:

@@ -20,7 +20,7 @@ from ..errors import ArgumentError, VolumeError
 from ..models.backbone import Backbone, pad_to_multiple
 from ..volume import MAX_BYTES, Prepared, Preprocessing, Volume, prepare, read_volume
 from ..weights import write_whole
-from .sliding import Progress, Windows, evaluate, ready_copy, sliding_slabs
+from .sliding import Progress, Windows, device_of, evaluate, ready_copy, sliding_slabs
 
 WINDOW = (96, 96, 96)  # voxels; the crop of He et al. 2023
 BODY_LEVEL = 0.03  # of the model's intensity range: above -963 HU (CT), lung included, the air outside not
@@ -279,11 +279,6 @@ def repeated(image: Tensor, model: nn.Module) -> Tensor:
 def channels_of(model: nn.Module) -> int:
     """Image channels that a model takes."""
     return int(getattr(backbone_of(model), "in_chans", 1))
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters lie; the CPU when it has none."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _check_bytes(voxels: int, channels: int, max_bytes: int) -> None:

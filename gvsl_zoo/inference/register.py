@@ -28,9 +28,9 @@ from ..transforms import (
     warp_volume,
 )
 from ..volume import Prepared, Preprocessing, Volume, prepare, read_volume
-from .features import dense_features, device_of, mask_on_grid, preprocessing_of
+from .features import dense_features, mask_on_grid, preprocessing_of
 from .refine import Images, Progress, fit
-from .sliding import evaluate
+from .sliding import device_of, evaluate
 
 MAX_VOXELS = 176**3  # of the grid that is matched on; larger scans are matched at a coarser spacing
 REFINING_STEPS = 90  # where nothing is said and a model has no matching heads

@@ -21,8 +21,8 @@ from ..errors import ArgumentError, GvslZooError, VolumeError
 from ..registry import Label
 from ..volume import Prepared, Volume, dicom_files, write_volume
 from ..weights import write_whole
-from .features import WINDOW, body_level, channels_of, device_of, prepare_for, repeated
-from .sliding import Progress, ready_copy, sliding_slabs
+from .features import WINDOW, body_level, channels_of, prepare_for, repeated
+from .sliding import Progress, device_of, ready_copy, sliding_slabs
 
 SUFFIXES = (".nii.gz", ".nii")
 Scan = Volume | str | os.PathLike[str]

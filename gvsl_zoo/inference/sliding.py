@@ -11,9 +11,11 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
+from ..models.backbone import Conv3d
 
 SIGMA_PER_WINDOW = 1 / 8  # of the Gaussian importance (Isensee et al. 2021, nnU-Net): a window is worst at its border
 PRECISIONS = ("float32", "bf16")
@@ -101,14 +103,59 @@ def evaluate(function: Callable[[Tensor], Any], patch: Tensor, precision: str = 
         return function(patch)
 
 
+class QuickConv3d(nn.Conv3d):
+    """A convolution in float32 that always goes through oneDNN; PyTorch has a slower way for small images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        settings = (self.padding, self.stride, self.dilation, self.groups)
+        out: Tensor = torch.ops.aten.mkldnn_convolution(x, self.weight, self.bias, *settings)
+        return out
+
+
+class ExactGroupNorm(nn.GroupNorm):
+    """A GroupNorm whose sums are right; PyTorch's channels-last one adds up millions of float32 and is off by 0.006."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 5 or x.dtype != torch.float32:
+            return super().forward(x)
+        return torch.cat([self._normalised(sample) for sample in x.split(1)])
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        sums = torch.zeros(2, self.num_channels, dtype=torch.float64)  # of values and squares
+        for plane in x[0].movedim(0, -1).reshape(x.shape[2], -1, self.num_channels):  # small enough for the cache
+            sums[0] += plane.sum(0)
+            sums[1] += plane.square().sum(0)
+        mean, square = sums.view(2, self.num_groups, -1).mean(2) / x[0, 0].numel()
+        deviation = (square - mean.square() + self.eps).sqrt()
+        mean, deviation = (v.repeat_interleave(self.num_channels // self.num_groups) for v in (mean, deviation))
+        return F.batch_norm(x, mean.float(), deviation.square().float(), self.weight, self.bias, eps=0.0)
+
+
+QUICKER: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv3d: QuickConv3d,
+    Conv3d: QuickConv3d,
+    nn.GroupNorm: ExactGroupNorm,
+}
+
+
 def ready_copy(module: nn.Module) -> nn.Module:
-    """A copy of a module for many windows: in evaluation mode, and on a CPU with weights channels-last: faster."""
+    """A copy of a module for many windows, in evaluation mode; on an x86 CPU channels-last, its layers `QUICKER`."""
     copy = deepcopy(module).eval()
-    with torch.no_grad():
-        for weight in copy.parameters():
-            if weight.ndim in CHANNELS_LAST and weight.device.type == "cpu":
-                weight.data = weight.to(memory_format=CHANNELS_LAST[weight.ndim])
+    if device_of(copy).type != "cpu" or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return copy
+    for layer in copy.modules():
+        layer.__class__ = QUICKER.get(type(layer), type(layer))
+    for weight in copy.parameters():
+        if weight.ndim in CHANNELS_LAST:
+            weight.data = weight.data.to(memory_format=CHANNELS_LAST[weight.ndim])
     return copy
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters lie; the CPU when it has none."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def sliding_slabs(

@@ -14,9 +14,9 @@ from ..errors import ArgumentError, VolumeError
 from ..models.backbone import Backbone, crop, pad_to_multiple
 from ..registry import Label
 from ..volume import Prepared, Volume, read_volume
-from .features import WINDOW, backbone_of, device_of, mask_on_grid, preprocessing_of
+from .features import WINDOW, backbone_of, mask_on_grid, preprocessing_of
 from .segment import Scan, comment_labels, prepare_channels
-from .sliding import Windows, evaluate, ready_copy
+from .sliding import Windows, device_of, evaluate, ready_copy
 
 # Chosen with the embedded model on four chest CTs, each labelling the three others; the test scans took no part.
 VOXELS = 1000  # of a class and scan, as many of each class as there are: a small organ counts as much as the background

@@ -103,6 +103,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 2,
         "learning_rate": 1e-3,
         "ema": 0.999,
+        "save_every": 2000,
     },
     "base": {
         "width": 32,
@@ -112,6 +113,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 2,
         "learning_rate": 3e-4,
         "ema": 0.999,
+        "save_every": 2000,
     },
 }
 FILMS: dict[str, Any] = {"ndim": 2, "crop": (256, 256), "spacing_mm": 1.5}  # what a preset becomes with ndim 2

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgumentError, TrainingError
-from ..inference.features import WINDOW, device_of
+from ..inference.features import WINDOW
 from ..inference.segment import prepare_channels, segment
-from ..inference.sliding import evaluate, sliding_window
+from ..inference.sliding import device_of, evaluate, sliding_window
 from ..report import bench_picture
 from ..volume import Prepared, Volume
 from ..weights import write_whole
