@@ -575,8 +575,8 @@ def test_layers_learn_slower_towards_the_input_but_not_from_scratch():
     for changed in ({}, {"from_scratch": True}, {"mode": "linear"}):
         config = settings(**changed)
         rates.append(make_learner(build(config, 3, 1), config, make_accelerator("cpu")).peaks)
-    assert rates[0] == sorted(rates[0]) and rates[0][-1] == 3e-3 and rates[0][0] == pytest.approx(3e-3 * 0.8**9)
-    assert set(rates[1]) == {3e-3} and rates[2] == [0.1]
+    assert rates[0] == sorted(rates[0]) and rates[0][-1] == 1e-2 and rates[0][0] == pytest.approx(1e-2 * 0.8**9)
+    assert set(rates[1]) == {1e-2} and rates[2] == [0.1]
 
 
 @pytest.mark.parametrize("mode", ["full", "linear"])

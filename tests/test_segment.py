@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -125,6 +126,15 @@ def test_mirroring_makes_labels_equivariant_to_mirrors() -> None:
         mirrored = segment(replace(scan, data=np.flip(scan.data, axis).copy()), model, mirror=True)
         assert (np.flip(mirrored.data, axis) == straight.data).mean() > 0.999
     assert (segment(scan, model).data != straight.data).any()
+
+
+def test_windows_are_as_large_as_in_training() -> None:
+    counts = {}
+    for window in (None, SMALL):
+        model = Thresholds(None)
+        model.entry = SimpleNamespace(labels=LABELS, input=SimpleNamespace(window=window))
+        segment(phantom(), model, progress=lambda done, total, window=window: counts.update({window: total}))
+    assert counts[None] == 1 < counts[SMALL]
 
 
 def test_batches_of_windows_give_the_same_labels() -> None:

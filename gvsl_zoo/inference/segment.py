@@ -49,7 +49,7 @@ def segment(
         volume: a scan or its path; for a model of several channels, a sequence of them on one grid.
         model: with `preprocessing`; (B, C, D, H, W) -> logits (B, K, D, H, W).
         labels: of the K classes, in order; default those of the model's trained head, `model.entry.labels`.
-        window: (z, y, x) in voxels of the model's grid; default 96 an axis.
+        window: (z, y, x) in voxels of the model's grid; default what the head saw in training, else 96 an axis.
         overlap, batch_size, precision: see `sliding_slabs`.
         mirror: average over the eight mirror images of every window, at eight times the cost.
         progress: called with (windows done, windows in all).
@@ -66,7 +66,7 @@ def segment(
     slabs = sliding_slabs(
         prepared.image,
         mirrored(ready) if mirror else ready,
-        window=window or WINDOW,
+        window=window or trained_window(model),
         overlap=overlap,
         batch_size=batch_size,
         precision=precision,
@@ -85,6 +85,12 @@ def trained_labels(model: nn.Module) -> tuple[Label, ...]:
         remedy = "train one with gvsl-zoo finetune, pass labels=, or give a labelled scan (--support)"
         raise ArgumentError(f"this {type(model).__name__} has no trained segmentation head", remedy)
     return labels
+
+
+def trained_window(model: nn.Module) -> tuple[int, ...]:
+    """What a model saw at once in training, (z, y, x) voxels: norms over a wider window change the features."""
+    entry = getattr(model, "entry", None)
+    return (entry.input.window if entry else None) or WINDOW
 
 
 def prepare_channels(volume: Scan | Sequence[Scan], model: nn.Module) -> Prepared:

@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgumentError, TrainingError
-from ..inference.features import WINDOW
-from ..inference.segment import prepare_channels, segment
+from ..inference.segment import prepare_channels, segment, trained_window
 from ..inference.sliding import device_of, evaluate, sliding_window
 from ..report import bench_picture
 from ..volume import Prepared, Volume
@@ -321,7 +320,9 @@ class Trainings:
             [example] = frozen_features(start, [example], config, crop, self.out, cache)
             logits = evaluate(model.head, example.image[None].to(device))[0].cpu()
         elif segments:
-            logits = sliding_window(example.image[None], model, window=WINDOW[:2], overlap=OVERLAP, device=device)[0]
+            logits = sliding_window(
+                example.image[None], model, window=trained_window(model)[-2:], overlap=OVERLAP, device=device
+            )[0]
         else:
             logits = evaluate(model, middle_box(example.image, crop)[None].to(device))[0].cpu()
         if not segments:

@@ -12,7 +12,7 @@ Task = Literal["segmentation", "classification"]
 Mode = Literal["full", "linear"]
 Unit = Literal["HU", "arbitrary", "grey"]
 CROP = {3: 64, 2: 256}  # voxels an axis, by the number of axes
-LEARNING_RATE = {"full": 3e-3, "linear": 0.1}
+LEARNING_RATE = {"full": 1e-2, "linear": 0.1}
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class FinetuneConfig(RunConfig):
     subjects: how many to train on; default all that are not held out.
     validation: share of the subjects held out, on which the best weights are chosen; 0: the last ones are kept.
     save_every: steps between checkpoints, each with a validation.
-    learning_rate: peak, of the head; linear warm-up, cosine to zero. Default 3e-3, linear 0.1.
+    learning_rate: peak, of the head; linear warm-up, cosine to zero. Default 1e-2, linear 0.1.
     layer_decay: by which pre-trained levels learn slower, level by level towards the input; from scratch all alike.
     ema: decay of the averaged weights, which are then validated and kept; 0 for none.
     augment: strength of poses (see pretrain/augment.py) and of changes in brightness, contrast and noise; 0 for none.
