@@ -174,7 +174,11 @@ def test_the_features_of_a_frozen_backbone_are_computed_once_for_every_scan(case
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"config": replace(CONFIG, steps=3)}, "training"), ({"cases": {"liver": LABELS["liver"]}}, "labels")],
+    [
+        ({"config": replace(CONFIG, steps=3)}, "training"),
+        ({"config": replace(CONFIG, learning_rate=0.5)}, "linear"),
+        ({"cases": {"liver": LABELS["liver"]}}, "labels"),
+    ],
 )
 def test_a_folder_with_another_bench_is_refused(cases, folder, done, change, named):
     data = read_cases(folder, labels=change["cases"]) if "cases" in change else cases

@@ -50,6 +50,7 @@ STATISTICS = (
 )
 METRIC = {"segmentation": "Dice", "classification": "accuracy"}
 CELLS, SETTINGS, RESULTS, CURVES = "cells", "settings.json", "results.json", "curves.png"
+JOINING = ("models", "learning rates")  # settings that may grow while a bench is extended
 Detail = dict[str, float | None]
 
 
@@ -198,7 +199,7 @@ def bench(
         cause = f"counts {', '.join(map(str, counts))} of {subjects} labelled subjects"
         raise ArgumentError(cause, "ask for fewer, or label more")
     arms = scratch_arms(models)
-    settings = common_settings(pool, test, models, config)
+    settings = common_settings(pool, test, models, modes, config)
     check_settings(settings, out)
     cells = [
         Cell(arm, mode, count, seed)
@@ -398,32 +399,44 @@ def write_report(report: Bench, out: Path) -> None:
 # --- Settings -------------------------------------------------------------------------------------------------------
 
 
-def common_settings(pool: Cases, test: Sequence[Case], models: Sequence[str], config: FinetuneConfig) -> dict[str, Any]:
-    """What all trainings of a bench have in common, as JSON has it."""
-    of_cells = ("model", "mode", "seed", "from_scratch", "subjects", "validation", "save_every", "keep_last")
+def common_settings(
+    pool: Cases, test: Sequence[Case], models: Sequence[str], modes: Sequence[str], config: FinetuneConfig
+) -> dict[str, Any]:
+    """What the trainings of a bench have in common, as JSON has it."""
+    own = (
+        "model",
+        "mode",
+        "seed",
+        "from_scratch",
+        "subjects",
+        "validation",
+        "learning_rate",
+        "save_every",
+        "keep_last",
+    )
     reports: dict[str, Any] = {model: load(model).load_report for model in models}
     settings = {
         "pool": [case.name for case in pool],
         "test": [case.name for case in test],
         "labels": {label.name: label.value for label in pool.labels},
-        "training": {name: value for name, value in asdict(config).items() if name not in of_cells}
-        | {"learning_rate": {mode: replace(config, mode=mode).peak_rate for mode in MODES}},  # type: ignore[arg-type]
+        "training": {name: value for name, value in asdict(config).items() if name not in own},
+        "learning rates": {mode: replace(config, mode=mode).peak_rate for mode in modes},  # type: ignore[arg-type]
         "models": {model: report.sha256 for model, report in reports.items()},
     }
     return json.loads(json.dumps(settings))
 
 
 def check_settings(settings: dict[str, Any], out: Path) -> None:
-    """Refuse to add to a bench of other settings; other models may join it."""
+    """Refuse to add to a bench of other settings; other models and modes may join it."""
     path = out / SETTINGS
     try:
         out.mkdir(parents=True, exist_ok=True)
         before = json.loads(path.read_bytes()) if path.exists() else settings
-        models = before["models"] | settings["models"]
-        changed = [name for name, value in settings.items() if name != "models" and before[name] != value]
-        changed += [model for model, sha256 in before["models"].items() if models[model] != sha256]
+        joined = {group: before[group] | settings[group] for group in JOINING}
+        changed = [name for name, value in settings.items() if name not in JOINING and before[name] != value]
+        changed += [name for group in JOINING for name, value in before[group].items() if joined[group][name] != value]
         if not changed:
-            write_whole(path, json.dumps(settings | {"models": models}, indent=2).encode())
+            write_whole(path, json.dumps(settings | joined, indent=2).encode())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{path} cannot be used: {error}", "choose another folder") from error
     if changed:
