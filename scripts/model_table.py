@@ -30,18 +30,34 @@ def load_table() -> str:
     return "\n".join([*rows, "", f"Extra resident memory before the first forward pass: {resident}."])
 
 
-def probe_table() -> str:
-    results = json.loads((ROOT / "benchmarks/results/probe.json").read_text())["results"]
-    counts = list(results["scratch"])
-    rows = [f"| labelled | {' | '.join(counts)} |", "|---" * (1 + len(counts)) + "|"]
-    for arm, row in results.items():
-        rows.append(f"| {arm} | " + " | ".join(f"{row[n]['mean']:.1f} +- {row[n]['sd']:.1f}" for n in counts) + " |")
+def transfer_table(task: str) -> str:
+    """Dice from scratch and from zoo weights, and the gain with half of its interval, bold where it is sure."""
+    comparisons = json.loads((ROOT / f"benchmarks/results/transfer_{task}.json").read_text())["comparisons"]
+    counts = sorted({c["count"] for c in comparisons})
+    rows = [
+        f"| Dice, % | {' | '.join(f'{n} scan' + 's' * (n > 1) for n in counts)} |",
+        "|---" * (1 + len(counts)) + "|",
+    ]
+    for mode, what in (("full", "whole network"), ("linear", "head alone")):
+        cells = [c for n in counts for c in comparisons if (c["mode"], c["count"]) == (mode, n)]
+        gains = [f"{c['difference']:+.1f} +- {c['half']:.1f}" for c in cells]
+        bold = [
+            f"**{gain}**" if c["effect"] in ("helps", "hurts") else gain for gain, c in zip(gains, cells, strict=True)
+        ]
+        for name, values in (
+            ("scratch", [f"{c['scratch']:.1f}" for c in cells]),
+            ("pre-trained", [f"{c['zoo']:.1f}" for c in cells]),
+            ("gain", bold),
+        ):
+            rows += [f"| {what}, {name} | " + " | ".join(values) + " |"] if cells else []
     return "\n".join(rows)
 
 
 def with_tables(readme: str) -> str:
     """The README with its generated parts written anew."""
-    for name, table in (("models", model_table()), ("load", load_table()), ("probe", probe_table())):
+    tables = {"models": model_table(), "load": load_table()}
+    tables |= {f"transfer_{task}": transfer_table(task) for task in ("ct_lungs", "hippocampus")}
+    for name, table in tables.items():
         pattern = rf"(<!-- {name}: [^>]*-->\n).*?(<!-- /{name} -->)"
         readme, count = re.subn(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", readme, flags=re.DOTALL)
         assert count == 1, f"README.md lacks the marks of the table {name!r}"

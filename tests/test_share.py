@@ -39,7 +39,7 @@ from gvsl_zoo.zoo import entry_of, open_weights
 NANO = "gvsl-unet-ct-nano"
 REPO = "org/model"
 FIVE = ["LICENSE", "README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
-MEASURED = Evaluation("segmentation", "Ten CTs, own", "Dice, %", 41.9, 24.4, (0, 1), "python -m benchmarks.probe")
+MEASURED = Evaluation("segmentation", "Ten CTs, own", "Dice, %", 41.9, 24.4, (0, 1), "python -m benchmarks.transfer")
 PAPERS = Evaluation("classification", "COVID CT", "AUC, %", 82.2)
 MINE = replace(  # an entry of one's own, with everything that a change of the weights makes untrue
     model_info(NANO),
@@ -148,7 +148,7 @@ def test_only_what_was_measured_with_a_command_is_in_the_model_index(saved):
     assert (result.metric_value, result.metric_name, result.dataset_name) == (41.9, "Dice, %", "Ten CTs, own")
     assert (result.task_type, result.dataset_type) == ("image-segmentation", "ten-cts-own")
     assert "| COVID CT | AUC, % | 82.2 |  |  | the paper |" in text  # told, as the paper's
-    assert "| Ten CTs, own | Dice, % | 41.9 | 24.4 | 0, 1 | `python -m benchmarks.probe` |" in text
+    assert "| Ten CTs, own | Dice, % | 41.9 | 24.4 | 0, 1 | `python -m benchmarks.transfer` |" in text
 
 
 @pytest.mark.parametrize("evaluation", [(), (PAPERS,)], ids=["nothing", "papers"])
