@@ -18,7 +18,7 @@ test-oldest-hub: $(READY) $(OLDEST_HUB)
 	PYTHONPATH=$(OLDEST_HUB) $(BIN)/python -m pytest tests/test_hub.py tests/test_hub_server.py tests/test_sources.py tests/test_share.py
 
 test-nnunet: $(READY) $(NNUNET)
-	PYTHONPATH=$(abspath $(NNUNET)) $(BIN)/python -m pytest tests/test_nnunet.py
+	PYTHONPATH=$(abspath $(NNUNET)) $(BIN)/python -m pytest tests/test_nnunet.py tests/test_surgery.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
