@@ -1,4 +1,4 @@
-# make demo | test | test-oldest-hub | test-nnunet | lint | examples | bench | wheel: each works alone, from a clean clone, and makes .venv first.
+# make demo | test | test-oldest-hub | test-nnunet | lint | examples | bench | viewer | wheel: each works alone, from a clean clone, and makes .venv first.
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
@@ -6,7 +6,7 @@ READY = $(VENV)/.ready
 OLDEST_HUB = $(VENV)/oldest-hub
 NNUNET = $(VENV)/nnunet
 
-.PHONY: demo test test-oldest-hub test-nnunet lint examples bench wheel
+.PHONY: demo test test-oldest-hub test-nnunet lint examples bench viewer wheel
 
 demo: $(READY)
 	$(BIN)/gvsl-zoo demo --output demo
@@ -36,6 +36,10 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.sliding
 	$(BIN)/python scripts/model_table.py
+
+viewer:  # the page of `gvsl-zoo view`, which a wheel built afterwards holds; needs Node.js
+	npm --prefix viewer ci --ignore-scripts --no-audit --no-fund
+	npm --prefix viewer run build
 
 wheel: $(READY)
 	$(BIN)/python -m build --wheel --no-isolation

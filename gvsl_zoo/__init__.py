@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from .errors import SourceError as SourceError
     from .errors import VolumeError as VolumeError
     from .errors import WeightsError as WeightsError
+    from .inference.correspond import Correspondence as Correspondence
+    from .inference.correspond import Matcher as Matcher
+    from .inference.correspond import correspond as correspond
     from .inference.features import features as features
     from .inference.features import pooled_features as pooled_features
     from .inference.register import Registration as Registration
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "conversion": ("ConversionReport", "convert"),
     "errors": ("ArgumentError", "GvslZooError", "RegistryError", "SourceError", "VolumeError", "WeightsError"),
+    "inference.correspond": ("Correspondence", "Matcher", "correspond"),
     "inference.features": ("features", "pooled_features"),
     "inference.segment": ("segment",),
     "inference.support": ("fit_support",),

@@ -202,3 +202,16 @@ def test_every_block_of_the_page_on_registration_runs_in_order(tmp_path, monkeyp
     theirs = names["sitk"].GetArrayFromImage(names["warped"]).transpose(2, 1, 0)
     assert np.abs(ours - theirs)[4:-4, 4:-4, 4:-4].mean() < 1.0  # HU
     assert Path("registration.png").is_file() and np.unique(read_volume("by-atlas.nii.gz").data).size > 3
+
+
+@pytest.mark.slow
+def test_every_block_of_the_page_on_correspondence_runs_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("fixed", "moving")):
+        subject = sample_subject((34, 30, 40), torch.Generator().manual_seed(seed), (6.0, 6.0, 6.0))
+        write_volume(as_volume(subject), f"{name}.nii.gz")
+    Path("landmarks.csv").write_text("name,x,y,z\ncarina,2,-10,30\n")
+    names, blocks = run_blocks("correspond.md", monkeypatch)
+    assert blocks == 2 and names["found"].confidence.shape == (2,) and names["heat"].shape == (40, 30, 34)
+    assert Path("matches.csv").read_text().startswith("name,x,y,z,confidence\ncarina,")
+    assert Path("heat/point-1.nii.gz").is_file()

@@ -1,0 +1,297 @@
+"""Commands that match two scans."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from ..errors import ArgumentError
+from .common import load_for_registration, main, progress_bar, show, with_json, with_model
+
+
+@main.command("register")
+@click.option("--fixed", required=True, type=click.Path(path_type=Path), help="Scan that stays.")
+@click.option("--moving", required=True, type=click.Path(path_type=Path), help="Scan that is brought onto it.")
+@click.option("--warped-out", type=click.Path(path_type=Path), help="Moving scan on the fixed one's grid, .nii.gz.")
+@click.option("--transform-out", type=click.Path(path_type=Path), help="The whole transform for ITK and ANTs, .nii.gz.")
+@click.option("--affine-out", type=click.Path(path_type=Path), help="Its affine part, .tfm or .mat.")
+@click.option("--save-inverse", type=click.Path(path_type=Path), help="Its inverse on the moving scan's grid, .nii.gz.")
+@click.option("--jacobian-out", type=click.Path(path_type=Path), help="Local volume change, .nii.gz.")
+@click.option("--picture", type=click.Path(path_type=Path), help="PNG: before, after, checkerboard, lattice.")
+@click.option("--fixed-mask", type=click.Path(path_type=Path), help="Only there the fixed scan counts.")
+@click.option("--moving-mask", type=click.Path(path_type=Path), help="Only there the moving scan counts.")
+@click.option("--moving-labels", type=click.Path(path_type=Path), help="Label map of the moving scan to bring along.")
+@click.option("--labels-out", type=click.Path(path_type=Path), help="Where it goes, .nii.gz.")
+@click.option(
+    "--refine", type=click.IntRange(0), help="Steps of fitting to this pair.  [default: 0 with heads, else 90]"
+)
+@click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
+@with_model
+@with_json
+def register_command(
+    fixed: Path,
+    moving: Path,
+    warped_out: Path | None,
+    transform_out: Path | None,
+    affine_out: Path | None,
+    save_inverse: Path | None,
+    jacobian_out: Path | None,
+    picture: Path | None,
+    fixed_mask: Path | None,
+    moving_mask: Path | None,
+    moving_labels: Path | None,
+    labels_out: Path | None,
+    refine: int | None,
+    precision: str,
+    overwrite: bool,
+    name: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Register the scan --moving onto --fixed, and say how well they agree."""
+    import numpy as np
+
+    from ..inference.register import register
+    from ..report import registration_picture
+    from ..transforms import Affine, Grid, to_displacement, warp_volume, write_transform
+    from ..volume import check_output, read_volume, write_volume
+
+    if bool(moving_labels) != bool(labels_out):
+        raise ArgumentError("--moving-labels and --labels-out go together", "give both")
+    for path, endings in (
+        (warped_out, (".nii", ".nii.gz")),
+        (transform_out, (".nii", ".nii.gz", ".h5")),
+        (affine_out, (".tfm", ".txt", ".mat")),
+        (save_inverse, (".nii", ".nii.gz", ".h5")),
+        (jacobian_out, (".nii", ".nii.gz")),
+        (labels_out, (".nii", ".nii.gz")),
+        (picture, (".png",)),
+    ):
+        if path and not path.name.endswith(endings):
+            raise ArgumentError(f"the output {path.name!r} has no ending for this", f"end it in {' or '.join(endings)}")
+        if path:
+            check_output(path, fixed, overwrite)
+            check_output(path, moving, overwrite)
+    still, moved = read_volume(fixed), read_volume(moving)
+    model = load_for_registration(name, device)
+    with progress_bar("register") as progress:
+        found = register(
+            moved,
+            still,
+            model,
+            fixed_mask=fixed_mask,
+            moving_mask=moving_mask,
+            refine=refine,
+            precision=precision,
+            progress=progress,
+        )
+    grid = Grid.of(still)
+    if warped_out:
+        write_volume(found.warped, warped_out, overwrite=overwrite)
+    if transform_out:
+        write_transform(found.displacement_mm, transform_out, overwrite=overwrite)
+    if affine_out:
+        write_transform(found.affine, affine_out, overwrite=overwrite)
+    if save_inverse:
+        inverse = to_displacement(found.displacement_mm.inverse(), Grid.of(moved))
+        write_transform(inverse, save_inverse, overwrite=overwrite)
+    if jacobian_out:
+        write_volume(found.jacobian, jacobian_out, overwrite=overwrite)
+    if moving_labels and labels_out:
+        labels = warp_volume(read_volume(moving_labels), found.displacement_mm, grid, nearest=True)
+        write_volume(labels, labels_out, overwrite=overwrite)
+    if picture:
+        before = warp_volume(moved, Affine(np.eye(4)), grid)
+        registration_picture(still, before, found, picture, title=f"{moving.name} on {fixed.name}")
+    outputs = (warped_out, transform_out, affine_out, save_inverse, jacobian_out, labels_out, picture)
+    show(found.report | {"outputs": [str(path) for path in outputs if path]}, as_json)
+
+
+@main.command("warp")
+@click.option("-i", "--input", "scan", type=click.Path(path_type=Path), help="Moving scan or label map.")
+@click.option("--points", type=click.Path(path_type=Path), help="Instead: a CSV with columns x, y, z in RAS+ mm.")
+@click.option("--fixed", type=click.Path(path_type=Path), help="Scan whose grid is wanted; with --points optional.")
+@click.option(
+    "--transform", "paths", required=True, multiple=True, type=click.Path(path_type=Path), help="Of ITK, ANTs or ours."
+)
+@click.option("--inverse", is_flag=True, help="Invert the transform, or the whole chain.")
+@click.option("--labels", is_flag=True, help="Take the nearest voxel and keep the type.")
+@click.option("--lps", is_flag=True, help="The points are in LPS, as ITK's and ANTs' are.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=".nii.gz; with --points .csv.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+@with_json
+def warp_command(
+    scan: Path | None,
+    points: Path | None,
+    fixed: Path | None,
+    paths: tuple[Path, ...],
+    inverse: bool,
+    labels: bool,
+    lps: bool,
+    output: Path,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Apply saved transforms to a scan, a label map or points; several are one resampling.
+
+    A transform sends points of the fixed scan to the moving one, and so --points too; --inverse sends them back. The
+    order of several is that of ITK's CompositeTransform: the last one is applied to a fixed point first
+    (antsApplyTransforms lists them the other way round). Beyond its grid a displacement goes on with the values of its
+    border, and a warning says so.
+    """
+    from ..transforms import Chain, Grid, read_points, read_transform, warp_volume, write_points
+    from ..volume import check_output, read_volume, write_volume
+
+    if bool(scan) == bool(points) or (scan and (lps or not fixed)) or (points and labels):
+        raise ArgumentError(
+            "warp needs -i with --fixed [--labels], or --points [--fixed] [--lps]", "see gvsl-zoo warp --help"
+        )
+    wanted = (".nii", ".nii.gz") if scan else (".csv",)
+    if not output.name.endswith(wanted):
+        raise ArgumentError(f"the output {output.name!r} has no ending for this", f"end it in {' or '.join(wanted)}")
+    check_output(output, scan or points, overwrite)
+    transforms = [read_transform(path) for path in reversed(paths)]
+    transform = transforms[0] if len(transforms) == 1 else Chain(tuple(transforms))
+    transform = transform.inverse() if inverse else transform
+    grid = Grid.of(read_volume(fixed)) if fixed else None
+    if scan and grid:
+        volume = warp_volume(read_volume(scan), transform, grid, nearest=labels)
+        write_volume(volume, output, overwrite=overwrite)
+        show({"output": str(output), "shape": list(volume.shape)}, as_json)
+    elif points:
+        table = read_points(points, lps=lps)
+        moved = transform.map(table.points_mm)
+        write_points(table._replace(points_mm=moved.points_mm), output, lps=lps, overwrite=overwrite)
+        facts = {"output": str(output), "points": len(table.rows)}
+        doubts = {"beyond the displacement": moved.beyond, "without an inverse": moved.unsolved}
+        if grid:
+            on_fixed = moved.points_mm if inverse else table.points_mm
+            doubts["outside the fixed scan"] = ~grid.contains(grid.index(on_fixed))
+        show(facts | {what: (rows.nonzero()[0] + 1).tolist() for what, rows in doubts.items()}, as_json)
+
+
+@main.command("correspond")
+@click.option("--fixed", required=True, type=click.Path(path_type=Path), help="Scan in which the points are.")
+@click.option("--moving", required=True, type=click.Path(path_type=Path), help="Scan in which they are sought.")
+@click.option("--points", type=click.Path(path_type=Path), help="A CSV with columns x, y, z in RAS+ mm.")
+@click.option("--point", "single", multiple=True, metavar="X,Y,Z", help="Instead: a point; may be repeated.")
+@click.option("--lps", is_flag=True, help="Points and matches are in LPS, as ITK's and ANTs' are.")
+@click.option("--transform", type=click.Path(path_type=Path), help="Of 'register': the matches are sought around it.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help=".csv: the rows, moved, with a confidence.")
+@click.option("--heat", type=click.Path(path_type=Path), help="Folder for the similarity map of every point, .nii.gz.")
+@click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
+@with_model
+@with_json
+def correspond_command(
+    fixed: Path,
+    moving: Path,
+    points: Path | None,
+    single: tuple[str, ...],
+    lps: bool,
+    transform: Path | None,
+    output: Path | None,
+    heat: Path | None,
+    precision: str,
+    overwrite: bool,
+    name: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Find points of one scan in another, each with a confidence in [0, 1]."""
+    from ..inference.correspond import Matcher, match_table, parse_points
+    from ..transforms import read_points, read_transform, write_points
+    from ..volume import check_output, write_volume
+    from ..zoo import load
+
+    if bool(points) == bool(single):
+        raise ArgumentError("correspond needs --points or --point", "give one of the two")
+    if output and output.suffix != ".csv":
+        raise ArgumentError(f"the output {output.name!r} has no ending for this", "end it in .csv")
+    table = read_points(points, lps=lps) if points else parse_points(single, lps=lps)
+    maps = [heat / f"point-{number}.nii.gz" for number in range(1, len(table.rows) + 1)] if heat else []
+    if heat:
+        heat.mkdir(parents=True, exist_ok=True)
+    for path in filter(None, (output, *maps)):
+        check_output(path, points, overwrite)
+    model, start = load(name, device=device), read_transform(transform) if transform else None
+    with progress_bar("features") as progress:
+        matcher = Matcher(fixed, moving, model, start=start, precision=precision, progress=progress)
+    found = matcher.match(table.points_mm)
+    matches = match_table(table, found)
+    if output:
+        write_points(matches, output, lps=lps, overwrite=overwrite)
+    for path, point, confidence in zip(maps, table.points_mm, found.confidence, strict=False):
+        if confidence:
+            write_volume(matcher.heat(point), path, overwrite=overwrite)
+    if as_json:
+        click.echo(json.dumps(found.to_list(lps=lps), indent=2))
+        return
+    for number, match in enumerate(found.to_list(lps=lps), 1):
+        place = ", ".join(f"{value:.1f}" for value in match["match_mm"]) + " mm" if match["match_mm"] else "no match"
+        click.echo(f"{number:>4}  {place}  confidence {match['confidence']:.2f}")
+
+
+@main.command("view")
+@click.argument("fixed", type=click.Path(path_type=Path))
+@click.argument("moving", type=click.Path(path_type=Path))
+@click.option("--warped", type=click.Path(path_type=Path), help="MOVING on the grid of FIXED, to lay over it.")
+@click.option("--transform", type=click.Path(path_type=Path), help="Of 'register'; matches are sought around it.")
+@click.option("--register", "registered", is_flag=True, help="Instead: register first, with refinement.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, show_default=True, help="0: any that is free.")
+@click.option("--open", "opened", is_flag=True, help="Open the page in the browser.")
+@with_model
+def view_command(
+    fixed: Path,
+    moving: Path,
+    warped: Path | None,
+    transform: Path | None,
+    registered: bool,
+    port: int,
+    opened: bool,
+    name: str,
+    device: str,
+) -> None:
+    """Look at two scans side by side: choose a point in one and see its match in the other.
+
+    A page on 127.0.0.1, for this machine only, until Ctrl-C. Its address is secret: it is the key to the scans.
+    """
+    import tempfile
+    import webbrowser
+
+    from ..inference.correspond import Matcher
+    from ..inference.register import REFINING_STEPS, register
+    from ..transforms import Grid, read_transform, warp_volume
+    from ..view.pair import Pair
+    from ..view.server import PageServer, page_files
+    from ..volume import read_volume
+    from ..zoo import load
+
+    if transform and registered:
+        raise ArgumentError("--transform with --register", "give one of the two")
+    page_files()  # before long work
+    still, moved = read_volume(fixed), read_volume(moving)
+    laid = read_volume(warped) if warped else None
+    start = read_transform(transform) if transform else None
+    if registered:
+        heads = load_for_registration(name, device)
+        with progress_bar("register") as progress:
+            start = register(moved, still, heads, refine=REFINING_STEPS, progress=progress).displacement_mm
+    if start and not laid:
+        laid = warp_volume(moved, start, Grid.of(still))
+    with progress_bar("features") as progress:
+        matcher = Matcher(still, moved, load(name, device=device), start=start, progress=progress)
+    names = {"fixed": fixed.name, "moving": moving.name, "model": name}
+    with tempfile.TemporaryDirectory(prefix="gvsl-zoo-view-") as folder:
+        pair = Pair(still, moved, matcher, Path(folder), warped=laid, names=names)
+        with PageServer(pair, port) as server:
+            click.echo(f"open {server.url}  (Ctrl-C ends)")
+            if opened:
+                webbrowser.open(server.url)
+            try:
+                server.serve_forever()
+            except KeyboardInterrupt:
+                click.echo("ended", err=True)

@@ -1,0 +1,213 @@
+"""Commands that use a model on scans."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import ArgumentError
+from .common import load_for_registration, main, progress_bar, show, with_json, with_model
+
+
+@main.command("features")
+@click.option("-i", "--input", "scan", required=True, type=click.Path(path_type=Path), help="Scan: NIfTI or DICOM.")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help=".nii.gz; with --pool .npz, .json."
+)
+@click.option("--pool", is_flag=True, help="One mean vector of the bottleneck and of the local features.")
+@click.option("--mask", type=click.Path(path_type=Path), help="With --pool: average over this mask, not over the body.")
+@click.option("--picture", type=click.Path(path_type=Path), help="PNG of the first three principal components.")
+@click.option(
+    "--grid", type=click.Choice(["scan", "model"]), default="scan", show_default=True, help="Grid of the output."
+)
+@click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+@with_model
+@with_json
+def features_command(
+    scan: Path,
+    output: Path,
+    pool: bool,
+    mask: Path | None,
+    picture: Path | None,
+    grid: str,
+    precision: str,
+    overwrite: bool,
+    name: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Compute the features of a scan: dense on its grid, or pooled."""
+    from ..inference import features as room
+    from ..report import features_picture
+    from ..volume import check_output, write_volume
+    from ..zoo import load
+
+    if (mask and not pool) or (picture and pool):
+        raise ArgumentError("--mask goes with --pool, --picture without it", "leave one of them out")
+    if picture and picture.resolve() == output.resolve():
+        raise ArgumentError(f"--picture and --output are both {output}", "give each its own")
+    wanted = (".npz", ".json") if pool else (".nii", ".nii.gz")
+    if not output.name.endswith(wanted):
+        raise ArgumentError(
+            f"the output {output.name!r} has no ending for this", f"end the name in {' or '.join(wanted)}"
+        )
+    for path in filter(None, (output, picture)):
+        check_output(path, scan, overwrite)
+    model = load(name, device=device)
+    with progress_bar("features") as progress:
+        if pool:
+            pooled = room.pooled_features(scan, model, mask=mask, precision=precision, progress=progress)
+            room.save_pooled(pooled, output)
+            show({"output": str(output), "bottleneck": len(pooled.bottleneck), "local": len(pooled.local)}, as_json)
+            return
+        prepared = room.prepare_for(scan, model)
+        dense = room.dense_features(prepared, model, grid=grid, precision=precision, progress=progress)
+    volume = prepared.restore(dense) if grid == "scan" else prepared.place(dense)
+    write_volume(volume, output, overwrite=overwrite)
+    facts = {"output": str(output), "shape": list(volume.data.shape), "model": str(name)}
+    if picture:
+        components = room.principal_components(dense, room.body(prepared, model))
+        features_picture(prepared, components, picture, title=f"{scan.name}, {name}")
+        facts["picture"] = str(picture)
+    show(facts, as_json)
+
+
+@main.command("segment")
+@click.option(
+    "-i",
+    "--input",
+    "scans",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Scan (.nii, .nii.gz, DICOM series), or a folder of scans; once a channel.",
+)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=".nii.gz, or a folder.")
+@click.option(
+    "--support",
+    "supports",
+    nargs=2,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="SCAN LABELS",
+    help="A labelled scan, whose labels a model without a trained head carries over; as often as you like.",
+)
+@click.option(
+    "--atlas",
+    "atlases",
+    nargs=2,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="SCAN LABELS",
+    help="Instead: a labelled scan to register onto this one, whose labels it takes over; as often as you like.",
+)
+@click.option("--mirror", is_flag=True, help="Average over mirror images: eight times the work.")
+@click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True)
+@click.option("--picture", type=click.Path(path_type=Path), help="PNG of the labels over the scan.")
+@click.option("--overwrite", is_flag=True, help="Replace outputs that exist; a folder goes on without them otherwise.")
+@click.option("--cluster", help="A dask scheduler (tcp://HOST:PORT), whose workers segment the folder.")
+@with_model
+@with_json
+def segment_command(
+    scans: tuple[Path, ...],
+    output: Path,
+    supports: tuple[tuple[Path, Path], ...],
+    atlases: tuple[tuple[Path, Path], ...],
+    mirror: bool,
+    precision: str,
+    picture: Path | None,
+    overwrite: bool,
+    cluster: str | None,
+    name: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Segment a scan, or every scan below a folder, with a fine-tuned model; or from labelled scans, without training:
+    by the model's features (--support) or by registration (--atlas).
+    """
+    from ..inference import segment as room
+    from ..inference.atlas import segment_by_atlas
+    from ..inference.support import fit_support
+    from ..report import labels_picture
+    from ..volume import check_output, dicom_files, read_volume, write_volume
+    from ..zoo import load
+
+    folder = scans[0] if len(scans) == 1 and scans[0].is_dir() and not dicom_files(scans[0]) else None
+    if (folder and picture) or (cluster and not folder):
+        raise ArgumentError("--picture goes with one scan, --cluster with a folder of scans", "leave it out")
+    if atlases and (folder or supports or mirror or len(scans) > 1):
+        raise ArgumentError("--atlas goes with one scan, without --support and --mirror", "leave one of them out")
+    if not folder:
+        if not output.name.endswith((".nii", ".nii.gz")):
+            raise ArgumentError(f"the output {output.name!r} is no label map", "end the name in .nii.gz or .nii")
+        for path in filter(None, (output, picture)):
+            check_output(path, scans[0], overwrite)
+    backbone = load(name, device=device)
+    if supports:
+        model: Any = fit_support(supports, backbone, precision=precision)
+    elif atlases:
+        model = load_for_registration(name, device)
+    else:
+        room.trained_labels(backbone)
+        model = load(name, task="segmentation", device=device)
+    settings: dict[str, Any] = {"precision": precision, "mirror": mirror}
+    records: list[dict[str, Any]]
+    with progress_bar("segment") as progress:
+        if atlases:
+            carried = segment_by_atlas(scans[0], atlases, model, precision=precision, progress=progress)
+            write_volume(carried, output, overwrite=overwrite)
+            labels = room.label_volumes(carried, room.comment_labels(carried))
+            records = [{"input": str(scans[0]), "output": str(output), "model": name, "labels": labels}]
+        elif folder:
+            records = room.segment_folder(
+                folder, output, model, overwrite=overwrite, cluster=cluster, progress=progress, **settings
+            )
+        else:
+            records = [room.segment_file(room.Job(scans, output), model, progress=progress, **settings)]
+    if picture:
+        labels_picture(
+            read_volume(scans[0]),
+            (shown := read_volume(output)),
+            room.comment_labels(shown),
+            picture,
+            title=f"{scans[0].name}, {name}",
+        )
+    if as_json:
+        click.echo(json.dumps(records if folder else records[0], indent=2))
+    for record in () if as_json else records:
+        found = [f"{label['name']} {label['ml']:.4g} ml" for label in record.get("labels", ())[1:] if label["voxels"]]
+        done = "done before" if "skipped" in record else ", ".join(found) or "nothing found"
+        if "error" not in record:
+            click.echo(f"{record['output']}: {done}")
+    bad = [record for record in records if "error" in record]
+    for record in bad:
+        click.echo(f"error: {record['input']}: {record['error']}", err=True)
+    if bad:
+        click.echo(f"error: {len(bad)} of {len(records)} scans failed; the others are done", err=True)
+        click.get_current_context().exit(1)
+
+
+@main.command("demo")
+@click.option(
+    "-i", "--input", "scan", type=click.Path(path_type=Path), help="A CT, .nii or .nii.gz; default synthetic."
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder."
+)
+@with_model
+@with_json
+def demo_command(scan: Path | None, output: Path, name: str, device: str, as_json: bool) -> None:
+    """Show what a model does: features, restoration and matching, in one picture."""
+    from ..demo import run_demo
+    from ..volume import read_volume
+    from ..zoo import load
+
+    model = load(name, task="pretraining", device=device)
+    say = None if as_json else lambda line: click.echo(line, err=True)
+    result = run_demo(model, output, read_volume(scan) if scan else None, say)  # type: ignore[arg-type]
+    facts = {k: str(v) if isinstance(v, Path) else v for k, v in result._asdict().items()}
+    show(facts, as_json)

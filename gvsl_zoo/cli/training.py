@@ -1,0 +1,301 @@
+"""Commands that make models and say what they are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import ArgumentError
+from .common import DEFAULT_MODEL, main, progress_bar, show, with_json
+
+TERMS = ("ncc", "smoothness", "restoration", "cross_entropy", "soft_dice_loss")  # shown while training
+
+
+@main.command("prepare")
+@click.option("-i", "--input", "source", required=True, type=click.Path(path_type=Path), help="Folder of scans.")
+@click.option("-o", "--output", required=True, help="The store: a folder; or a URL, to copy a store to.")
+@click.option("--spacing-mm", type=float, default=1.0, show_default=True, help="Isotropic; not used in 2D.")
+@click.option("--own-spacing", is_flag=True, help="Keep each scan's own spacing instead.")
+@click.option("--unit", type=click.Choice(["HU", "arbitrary", "grey"]), help="Default HU in 3D, grey in 2D.")
+@click.option("--ndim", type=click.Choice(["2", "3"]), default="3", show_default=True, help="2: films, .png.")
+@click.option("--table", type=click.Path(path_type=Path), help="CSV that chooses files: path, subject, stratum.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
+@click.option("--cluster", help="A dask scheduler (tcp://HOST:PORT), whose workers are used instead.")
+@with_json
+def prepare_command(
+    source: Path,
+    output: str,
+    spacing_mm: float,
+    own_spacing: bool,
+    unit: str | None,
+    ndim: str,
+    table: Path | None,
+    workers: int,
+    cluster: str | None,
+    as_json: bool,
+) -> None:
+    """Bring a folder of scans into a store to pre-train on. Run it again to go on, or after scans were added.
+
+    With a URL as --output (s3://bucket/store), the store --input is copied there as it is; only --workers counts.
+    """
+    from ..pretrain.bucket import is_url
+    from ..pretrain.prepare import prepare_store
+    from ..pretrain.upload import upload_store
+
+    if is_url(output):
+        with progress_bar("copy") as progress:
+            copied = upload_store(source, output, workers=workers, progress=progress)
+        show(copied.to_dict(), as_json)
+        return
+    with progress_bar("prepare") as progress:
+        report = prepare_store(
+            source,
+            output,
+            spacing_mm=None if own_spacing else spacing_mm,
+            unit=unit or ("HU" if ndim == "3" else "grey"),
+            ndim=int(ndim),
+            table=table,
+            workers=workers,
+            cluster=cluster,
+            progress=progress,
+        )
+    show(report.to_dict(), as_json)
+
+
+@main.command("pretrain")
+@click.option("--data", default="synthetic", show_default=True, help="synthetic, a store or its URL, or a scan folder.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option("--steps", required=True, type=click.IntRange(1), help="Steps of the whole run.")
+@click.option("--preset", type=click.Choice(["nano", "small", "base"]), default="nano", show_default=True)
+@click.option("--ndim", type=click.IntRange(2, 3), help="2: films.  [default: 3]")
+@click.option("--objective", help="gvsl, restoration, matching or no-affine.  [default: gvsl]")
+@click.option("--batch-size", type=click.IntRange(1), help="Pairs a process.")
+@click.option("--crop", type=click.IntRange(16), help="Voxels an axis.")
+@click.option("--seed", type=click.IntRange(0), help="Decides every draw.  [default: 0]")
+@click.option("--save-every", type=click.IntRange(1), help="Steps between checkpoints.")
+@click.option("--set", "others", multiple=True, metavar="NAME=VALUE", help="Any other setting of PretrainConfig.")
+@click.option("--init", help="Start from the weights of this model: a registry name or a path.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
+@click.option("--workers", type=click.IntRange(0), default=1, show_default=True, help="Processes that draw ahead.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--dry-run", is_flag=True, help="Take three steps and estimate time and memory; write nothing.")
+@with_json
+def pretrain_command(
+    data: str,
+    out: Path,
+    steps: int,
+    preset: str,
+    others: tuple[str, ...],
+    init: str | None,
+    resume: bool,
+    workers: int,
+    device: str,
+    dry_run: bool,
+    as_json: bool,
+    **named: Any,
+) -> None:
+    """Pre-train a backbone by matching anatomy, on synthetic anatomy and on scans of your own.
+
+    torchrun --nproc_per_node N -m gvsl_zoo pretrain ... trains on N devices.
+    """
+    from ..memory import keep_freed_memory
+    from ..pretrain.config import settings_of
+    from ..pretrain.data import open_data
+    from ..pretrain.estimate import estimate
+    from ..pretrain.loop import pretrain
+    from ..pretrain.run import finished
+    from ..zoo import load
+
+    keep_freed_memory()
+    config = settings_of(preset, steps, named, others)
+    if (out / "checkpoints").exists() and not (resume or dry_run):
+        raise ArgumentError(f"{out} holds a run", "add --resume to go on with it, or choose another folder")
+    real = open_data(data, config, None if dry_run else out)
+    start = load(init, task="pretraining") if init else None
+    if dry_run:
+        show(estimate(config, real, device, workers), as_json)
+        return
+    with training_bar(config.steps) as progress:
+        pretrain(config, out, real, device=device, workers=workers, init=start, progress=progress)  # type: ignore[arg-type]
+    show(finished(out), as_json)
+
+
+@main.command("finetune")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="nnU-Net folder, images/ + labels/, CSV.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option("--steps", required=True, type=click.IntRange(1), help="Steps of the whole run.")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Registry name or path.")
+@click.option(
+    "--task", type=click.Choice(["segmentation", "classification"]), default="segmentation", show_default=True
+)
+@click.option("--mode", type=click.Choice(["full", "linear"]), help="linear: the head alone.  [default: full]")
+@click.option("--from-scratch", is_flag=True, help="The same network with weights drawn at random.")
+@click.option("--labels", metavar="NAME=VALUE,...", help="Labels to learn.  [default: the data set's, or all]")
+@click.option("--unit", type=click.Choice(["HU", "arbitrary", "grey"]), help="Of the scans, if not the model's.")
+@click.option("--spacing-mm", type=float, help="Grid of the scans, isotropic.  [default: the model's]")
+@click.option("--crop", type=click.IntRange(1), help="Voxels an axis of a patch.  [default: 64; films 256]")
+@click.option("--seed", type=click.IntRange(0), help="Decides every draw.  [default: 0]")
+@click.option("--set", "others", multiple=True, metavar="NAME=VALUE", help="Any other setting of FinetuneConfig.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
+@click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that draw ahead.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@with_json
+def finetune_command(
+    data: Path,
+    out: Path,
+    steps: int,
+    labels: str | None,
+    others: tuple[str, ...],
+    resume: bool,
+    workers: int,
+    device: str,
+    as_json: bool,
+    **named: Any,
+) -> None:
+    """Train a head, and with mode full its backbone, on labelled scans; what validates best on held-out subjects stays.
+
+    The run's folder is a model: load(OUT, task=TASK). Label files say 0 where there is background.
+    """
+    from ..pretrain.run import finished
+    from ..transfer.cases import read_cases
+    from ..transfer.config import settings_of
+    from ..transfer.finetune import best_record, finetune
+
+    config = settings_of(steps, named, others)
+    if (out / "checkpoints").exists() and not resume:
+        raise ArgumentError(f"{out} holds a run", "add --resume to go on with it, or choose another folder")
+    cases = read_cases(data, task=config.task, labels=parse_labels(labels))
+    with training_bar(config.steps) as progress:
+        finetune(cases, config, out, device=device, workers=workers, progress=progress)
+    show(finished(out) | best_record(out, config), as_json)
+
+
+@contextmanager
+def training_bar(steps: int) -> Iterator[Callable[[dict[str, float]], None]]:
+    """A bar with the terms of the loss, steps a second and the time left; nothing where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=steps)
+
+        def advance(record: dict[str, float]) -> None:
+            terms = [f"{name} {record[name]:.3f}" for name in TERMS if name in record]
+            text = f"{', '.join(terms)}, {1 / record['seconds']:.1f} steps/s"
+            bar.update(task, completed=record["step"], description=text)
+
+        yield advance
+
+
+@main.command("evaluate")
+@click.option("--predictions", required=True, type=click.Path(path_type=Path), help="Label file, folder of them, CSV.")
+@click.option("--references", required=True, type=click.Path(path_type=Path), help="Likewise, or a data set.")
+@click.option("--labels", metavar="NAME=VALUE,...", help="Labels to score.  [default: the data set's, or all]")
+@click.option(
+    "--task", type=click.Choice(["segmentation", "classification"]), default="segmentation", show_default=True
+)
+@click.option("--tolerance-mm", type=float, default=2.0, show_default=True, help="Of the surface Dice.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the tables.")
+@with_json
+def evaluate_command(
+    predictions: Path,
+    references: Path,
+    labels: str | None,
+    task: str,
+    tolerance_mm: float,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Score predictions: Dice, HD95 and surface Dice a case and label, or accuracy and AUC of classes."""
+    from ..transfer.evaluate import evaluate, lines
+
+    with progress_bar("evaluate") as progress:
+        found = evaluate(
+            predictions,
+            references,
+            task=task,
+            labels=parse_labels(labels),
+            tolerance_mm=tolerance_mm,
+            progress=progress,
+        )
+    found.write(output)
+    if as_json:
+        show(found.to_dict(), True)
+    else:
+        click.echo("\n".join([*lines(found), f"cases and labels one by one: {output / 'scores.csv'}"]))
+    if found.missing:
+        click.echo(f"error: {len(found.missing)} cases without a prediction: {', '.join(found.missing)}", err=True)
+        click.get_current_context().exit(1)
+
+
+@main.command("bench")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Labelled scans: see finetune.")
+@click.option("--model", "names", default=DEFAULT_MODEL, show_default=True, help="Names or paths: NAME[,NAME...].")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder; a bench in it goes on.")
+@click.option(
+    "--task", type=click.Choice(["segmentation", "classification"]), default="segmentation", show_default=True
+)
+@click.option("--labels", metavar="NAME=VALUE,...", help="Labels to learn.  [default: the data set's, or all]")
+@click.option("--counts", help="Labelled subjects to train on.  [default: 1,3,5,10 as far as there are]")
+@click.option("--seeds", type=click.IntRange(3), default=3, show_default=True, help="Repeats of every training.")
+@click.option("--modes", default="full,linear", show_default=True, help="Of training: full, linear or both.")
+@click.option("--steps", type=click.IntRange(1), default=200, show_default=True, help="Of every training.")
+@click.option("--unit", type=click.Choice(["HU", "arbitrary", "grey"]), help="Of the scans, if not the models'.")
+@click.option("--spacing-mm", type=float, help="Grid of the scans, isotropic.  [default: the models']")
+@click.option("--crop", type=click.IntRange(1), help="Voxels an axis of a patch.  [default: 64; films 256]")
+@click.option("--set", "others", multiple=True, metavar="NAME=VALUE", help="Any other setting of FinetuneConfig.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@with_json
+def bench_command(
+    data: Path,
+    names: str,
+    out: Path,
+    labels: str | None,
+    counts: str | None,
+    seeds: int,
+    modes: str,
+    steps: int,
+    others: tuple[str, ...],
+    device: str,
+    as_json: bool,
+    **named: Any,
+) -> None:
+    """Say whether zoo weights help on your task: against scratch, at several numbers of labelled scans."""
+    from ..transfer.bench import bench
+    from ..transfer.cases import read_cases
+    from ..transfer.config import settings_of
+
+    if counts and not all(count.strip().isdecimal() for count in counts.split(",")):
+        raise ArgumentError(f"--counts {counts!r}", "write numbers of scans, as in 1,3,5")
+    config = settings_of(steps, named, others)
+    report = bench(
+        read_cases(data, task=config.task, labels=parse_labels(labels)),
+        names.split(","),
+        config,
+        out,
+        counts=[int(count) for count in counts.split(",")] if counts else None,
+        seeds=seeds,
+        modes=modes.split(","),
+        device=device,
+        say=lambda line: click.echo(line, err=True),
+    )
+    if as_json:
+        show(report.to_dict(), True)
+    else:
+        click.echo("\n".join([*report.lines(), f"every number: {out / 'results.json'}"]))
+
+
+def parse_labels(text: str | None) -> dict[str, int] | None:
+    """`liver=1,heart=2` as values by name."""
+    if text is None:
+        return None
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name.strip() and value.strip().isdecimal() for name, _, value in pairs):
+        raise ArgumentError(f"--labels {text!r}", "write NAME=VALUE,NAME=VALUE, with the values of the label files")
+    return {name.strip(): int(value) for name, _, value in pairs}

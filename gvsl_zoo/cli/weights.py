@@ -1,0 +1,253 @@
+"""Commands that list, get, keep, check and give weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import ArgumentError
+from .common import main, show, with_json
+
+
+@main.command("list")
+@click.argument("pattern", default="*")
+@click.option("--ndim", type=click.Choice(["2", "3"]), help="Spatial axes.")
+@click.option("--modality", help="CT, MR or X-ray.")
+@click.option("--task", help="backbone, segmentation, classification, registration or pretraining.")
+@click.option("--available/--missing", default=None, help="Only models that load today, or only the others.")
+@with_json
+def list_command(
+    pattern: str, ndim: str | None, modality: str | None, task: str | None, available: bool | None, as_json: bool
+) -> None:
+    """List the models, all or those that match PATTERN (as in 'gvsl-*')."""
+    from ..registry import list_models, model_info
+
+    names = list_models(pattern, ndim=int(ndim) if ndim else None, modality=modality, task=task, available=available)
+    entries = [model_info(name) for name in names]
+    if as_json:
+        click.echo(json.dumps([entry.to_dict() for entry in entries], indent=2))
+        return
+    for e in entries:
+        parameters = f"{e.parameters / 1e6:.1f}M"
+        click.echo(
+            f"{e.name:<20} {e.status:<10} {e.ndim}D {e.modality:<6} {e.objective:<7} {parameters:>6}  {e.summary}"
+        )
+
+
+@main.command("info")
+@click.argument("name")
+@with_json
+def info_command(name: str, as_json: bool) -> None:
+    """Say all that the registry knows of the model NAME."""
+    import yaml
+
+    from ..registry import model_info
+
+    entry = model_info(name).to_dict() | {"tasks": list(model_info(name).tasks)}
+    click.echo(json.dumps(entry, indent=2) if as_json else yaml.safe_dump(entry, sort_keys=False, width=100).rstrip())
+
+
+def with_cache_dir(command: Callable[..., Any]) -> Callable[..., Any]:
+    text = "A Hub cache of your own; default the Hub's (HF_HOME, HF_HUB_CACHE)."
+    return click.option("--cache-dir", type=click.Path(path_type=Path), help=text)(command)
+
+
+@main.command("download")
+@click.argument("name")
+@click.option("--from-file", type=click.Path(path_type=Path), help="Take this file, downloaded by hand, instead.")
+@click.option("--revision", help="Of an hf-hub: name: commit, branch or tag.")
+@with_cache_dir
+@with_json
+def download_command(
+    name: str, from_file: Path | None, revision: str | None, cache_dir: Path | None, as_json: bool
+) -> None:
+    """Bring the weights of the model NAME (or hf-hub:org/repo) into the cache, and check them."""
+    from .. import hub, sources
+    from ..registry import model_info
+
+    access = sources.Access(cache_dir)
+    if name.startswith(hub.PREFIX):
+        if from_file:
+            raise ArgumentError("--from-file with an hf-hub: name", "load the path of the file")
+        found = sources.from_hub_name(name, revision, access)
+    else:
+        if revision:
+            raise ArgumentError(f"--revision with the registry's {name}", f"it goes with {hub.PREFIX}org/repo")
+        entry = model_info(name)
+        found = sources.adopt(entry, from_file, access) if from_file else sources.locate(entry, access)
+    facts = {"model": name, "file": str(found.file.path), "bytes": found.file.size, "sha256": found.sha256}
+    show(facts, as_json)
+
+
+@main.command("convert")
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
+@click.option("--name", help="The registry's model that SRC is: its input, licence and citation go into DST.")
+@click.option("--overwrite", is_flag=True, help="Replace a DST that exists.")
+@with_json
+def convert_command(source: Path, destination: Path, name: str | None, overwrite: bool, as_json: bool) -> None:
+    """Convert a checkpoint of the released code, SRC (.pth), to safetensors, DST."""
+    from ..conversion import convert
+
+    show(convert(source, destination, name=name, overwrite=overwrite).to_dict(), as_json)
+
+
+@main.command("export")
+@click.argument("name")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A .safetensors file, a folder (a mirror), or an .onnx file.",
+)
+@click.option("--task", help="Of an .onnx file: backbone (the default), or the task of a trained head.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+@with_cache_dir
+@with_json
+def export_command(
+    name: str, output: Path, task: str | None, overwrite: bool, cache_dir: Path | None, as_json: bool
+) -> None:
+    """Write the model NAME with its card as one file, for a machine without network, or as ONNX."""
+    from .. import sources
+
+    if output.suffix == ".onnx":
+        from ..integrations.onnx import export_onnx
+        from ..zoo import load
+
+        path = export_onnx(load(name, task=task or "backbone", cache_dir=cache_dir), output, overwrite=overwrite)
+    elif task:
+        raise ArgumentError(f"--task with {output}", "it goes with an .onnx file; other outputs hold all tasks")
+    else:
+        path = sources.export_bundle(name, output, sources.Access(cache_dir), overwrite=overwrite)
+    show({"model": name, "output": str(path), "bytes": path.stat().st_size}, as_json)
+
+
+@main.command("import")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@with_cache_dir
+@with_json
+def import_command(bundle: Path, cache_dir: Path | None, as_json: bool) -> None:
+    """Put the BUNDLE that 'export' wrote, or a folder of them, where models are loaded from by name."""
+    from .. import sources
+
+    if bundle.is_dir() and not list(bundle.glob("*.safetensors")):
+        raise ArgumentError(f"{bundle} holds no bundle", "give a folder of .safetensors files that 'export' wrote")
+    paths = sorted(bundle.glob("*.safetensors")) if bundle.is_dir() else [bundle]
+    facts = {}
+    for path in paths:
+        name, found = sources.import_bundle(path, cache_dir)
+        facts[name] = {"file": str(found.file.path), "sha256": found.sha256}
+    show(facts, as_json)
+
+
+@main.command("push")
+@click.argument("name")
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--branch", help="Default main.")
+@click.option("--message", help="Of the commit.")
+@with_json
+def push_command(name: str, repo: str, private: bool, branch: str | None, message: str | None, as_json: bool) -> None:
+    """Put the model NAME (or a path) into the repository REPO (org/repo) of the Hub, with its card."""
+    from dataclasses import asdict
+
+    import torch
+
+    from ..hub import PREFIX
+    from ..registry import model_info
+    from ..sources import is_path
+    from ..zoo import check_publishable, load, push_to_hub, widest_task
+
+    if not (is_path(name) or name.startswith(PREFIX)):
+        check_publishable(model_info(name))  # before it is downloaded
+    model = load(name, task=widest_task(load(name).entry))  # type: ignore[arg-type]
+    stored = getattr(torch, str(model.load_report.stored_dtype), torch.float32)  # type: ignore[union-attr]
+    report = push_to_hub(model, repo, private=private, branch=branch, commit_message=message, dtype=stored)
+    if as_json:
+        show(asdict(report), True)
+    else:
+        click.echo(f"pushed to {report.repo}; for a registry:\n{report.registry_lines}")
+
+
+@main.command("verify")
+@click.argument("names", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="Every model of the registry that is on this machine.")
+@with_cache_dir
+@with_json
+def verify_command(names: tuple[str, ...], everything: bool, cache_dir: Path | None, as_json: bool) -> None:
+    """Read models NAMES (or paths) anew: bytes against the hash, tensors against the module. No network."""
+    from ..doctor import verify
+    from ..registry import list_models
+    from ..sources import Access
+
+    if bool(names) == everything:
+        raise ArgumentError("verify needs names, or --all", "for instance gvsl-zoo verify gvsl-unet-ct-nano")
+    checks = [check for name in names or list_models() for check in verify(name, Access(cache_dir))]
+    if everything:
+        checks = [check for check in checks if check.verdict != "WARN"]
+    show_checks(checks, as_json, fail_on=("FAIL", "WARN"))
+
+
+@main.command("doctor")
+@with_cache_dir
+@with_json
+def doctor_command(cache_dir: Path | None, as_json: bool) -> None:
+    """Say what works on this machine and how to mend what does not."""
+    from ..doctor import diagnose
+
+    show_checks(diagnose(cache_dir), as_json, fail_on=("FAIL",))
+
+
+def show_checks(checks: list[Any], as_json: bool, fail_on: tuple[str, ...]) -> None:
+    """Print findings, a line each with its fix below; exit code 1 if one is of `fail_on`."""
+    from dataclasses import asdict
+
+    if as_json:
+        click.echo(json.dumps([asdict(check) for check in checks], indent=2))
+    for check in () if as_json else checks:
+        click.echo(f"{check.verdict}  {check.what}: {check.seen}" + (f"\n      -> {check.fix}" if check.fix else ""))
+    if any(check.verdict in fail_on for check in checks):
+        click.get_current_context().exit(1)
+
+
+@main.group("cache")
+def cache_group() -> None:
+    """See and clear what downloads left on this machine."""
+
+
+@cache_group.command("list")
+@with_cache_dir
+@with_json
+def cache_list_command(cache_dir: Path | None, as_json: bool) -> None:
+    """List cached models, their sizes and the total."""
+    from ..doctor import cached_models
+
+    models = cached_models(cache_dir)
+    show_cached(models, as_json)
+
+
+@cache_group.command("remove")
+@click.argument("name")
+@with_cache_dir
+@with_json
+def cache_remove_command(name: str, cache_dir: Path | None, as_json: bool) -> None:
+    """Remove the model NAME, as 'cache list' calls it, from the caches."""
+    from ..doctor import remove_cached
+
+    show_cached(remove_cached(name, cache_dir), as_json)
+
+
+def show_cached(models: list[Any], as_json: bool) -> None:
+    total = sum(model.bytes for model in models)
+    if as_json:
+        rows = [{"name": m.name, "kind": m.kind, "bytes": m.bytes, "path": str(m.path)} for m in models]
+        click.echo(json.dumps({"models": rows, "bytes": total}, indent=2))
+        return
+    for m in models:
+        click.echo(f"{m.bytes / 1e6:9.1f} MB  {m.kind:<8}  {m.name}")
+    click.echo(f"{total / 1e6:9.1f} MB  in all")

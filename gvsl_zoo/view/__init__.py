@@ -1,0 +1,1 @@
+"""The local page of `gvsl-zoo view`: two scans, point by point."""
