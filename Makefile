@@ -35,13 +35,15 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.feed
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.sliding
+	$(BIN)/python -m benchmarks.register
+	$(BIN)/python -m benchmarks.correspond
 	$(BIN)/python scripts/model_table.py
 
-viewer:  # the page of `gvsl-zoo view`, which a wheel built afterwards holds; needs Node.js
+viewer:  # the page of `gvsl-zoo view`; needs Node.js
 	npm --prefix viewer ci --ignore-scripts --no-audit --no-fund
 	npm --prefix viewer run build
 
-wheel: $(READY)
+wheel: $(READY) viewer
 	$(BIN)/python -m build --wheel --no-isolation
 
 $(OLDEST_HUB): $(READY)

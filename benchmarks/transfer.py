@@ -52,6 +52,13 @@ def table(task: str, data: Path) -> list[tuple[str, str, str]]:
     return [(row["file"], row["label_file_or_class"], row["split"]) for row in rows]
 
 
+def write_cases(task: str, data: Path, path: Path) -> Path:
+    """The table as a file that `read_cases` takes."""
+    lines = [f"{data / image},{data / label},{split}" for image, label, split in table(task, data)]
+    path.write_text("\n".join(["image,label,split", *lines]) + "\n")
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=TASKS)
@@ -63,9 +70,7 @@ def main() -> None:
     options = parser.parse_args()
     task, data = TASKS[options.task], options.data.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
-    lines = [f"{data / image},{data / label},{split}" for image, label, split in table(options.task, data)]
-    (options.out / "cases.csv").write_text("\n".join(["image,label,split", *lines]) + "\n")
-    cases = read_cases(options.out / "cases.csv", labels=task.labels)
+    cases = read_cases(write_cases(options.task, data, options.out / "cases.csv"), labels=task.labels)
     report = bench(
         cases,
         options.model.split(","),

@@ -1,9 +1,11 @@
-"""Write the README's tables from the registry and from benchmarks/results: python scripts/model_table.py"""
+"""Write tables of README and docs from the registry and from benchmarks/results: python scripts/model_table.py"""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from gvsl_zoo import list_models, model_info
@@ -53,17 +55,39 @@ def transfer_table(task: str) -> str:
     return "\n".join(rows)
 
 
-def with_tables(readme: str) -> str:
-    """The README with its generated parts written anew."""
-    tables = {"models": model_table(), "load": load_table()}
-    tables |= {f"transfer_{task}": transfer_table(task) for task in ("ct_lungs", "hippocampus")}
-    for name, table in tables.items():
+def correspond_table() -> str:
+    """How far matched points lie from where the anatomy truly is, over pairs of synthetic subjects."""
+    result = json.loads((ROOT / "benchmarks/results/correspond.json").read_text())
+    mean, pairs = result["mean"], result["pairs"]
+    rows = ["| points | median error, mm: mean over the pairs | lowest and highest pair |", "|---|---|---|"]
+    for name, key in (("left where they are", "identity"), ("matched", "matched"), ("registered", "registered")):
+        values = [pair[f"{key}_mm"] for pair in pairs]
+        rows.append(f"| {name} | {mean[f'{key}_mm']:.1f} | {min(values):.1f} to {max(values):.1f} |")
+    return "\n".join(rows)
+
+
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {
+        "models": model_table,
+        "load": load_table,
+        "transfer_ct_lungs": partial(transfer_table, "ct_lungs"),
+        "transfer_hippocampus": partial(transfer_table, "hippocampus"),
+    },
+    "docs/correspond.md": {"correspond": correspond_table},
+}
+
+
+def with_tables(text: str, page: str) -> str:
+    """The text of a page with its generated parts written anew."""
+    for name, table in TABLES[page].items():
         pattern = rf"(<!-- {name}: [^>]*-->\n).*?(<!-- /{name} -->)"
-        readme, count = re.subn(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", readme, flags=re.DOTALL)
-        assert count == 1, f"README.md lacks the marks of the table {name!r}"
-    return readme
+        rows = table()
+        text, count = re.subn(pattern, lambda m, t=rows: f"{m[1]}{t}\n{m[2]}", text, flags=re.DOTALL)
+        assert count == 1, f"{page} lacks the marks of the table {name!r}"
+    return text
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(with_tables(path.read_text()))
+    for page in TABLES:
+        path = ROOT / page
+        path.write_text(with_tables(path.read_text(), page))

@@ -35,9 +35,11 @@ def with_scans(tmp_path, monkeypatch):
 
 def test_the_tables_are_those_of_the_registry_and_of_the_measurements(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from model_table import with_tables
+    from model_table import TABLES, with_tables
 
-    assert with_tables(README) == README, "run python scripts/model_table.py"
+    for page in TABLES:
+        text = (ROOT / page).read_text()
+        assert with_tables(text, page) == text, "run python scripts/model_table.py"
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
