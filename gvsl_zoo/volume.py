@@ -31,7 +31,7 @@ from .errors import ArgumentError, VolumeError, listed
 
 CT_WINDOW_HU = (-1024.0, 1024.0)  # official fine-tune loader: (HU + 1024) / 2048, clipped to [0, 1]
 MAX_BYTES = 4 * 2**30  # largest array that one volume may take in memory; `max_bytes` raises it
-MAX_SCORES = 2**22  # brought onto a scan's grid at once; more is no faster
+MAX_SCORES = 2**20  # brought onto a scan's grid at once; more is no faster
 MAX_EXTENSION_BYTES = 64 * 2**20  # header extensions in the wild (DICOM headers, XML) stay far below
 COMMENT = 6  # ecode of an extension that holds text
 MAX_DEFLATE_RATIO = 1032  # zlib's theoretical limit
@@ -599,14 +599,15 @@ class Prepared:
         along_z = _interpolate(np.eye(self.shape[0], dtype=np.float32)[None], (size[0], self.shape[0]))[0]
         first = (along_z != 0).argmax(1)  # of the slices that a slice of the source is made of
         stop = self.shape[0] - (along_z[:, ::-1] != 0).argmax(1)
+        step = max(1, MAX_SCORES // (len(values) * max(size[1] * size[2], self.shape[1] * self.shape[2])))
         held, held_from, done = torch.empty(0), 0, 0
-        for start, slab in slabs:
+        for start, slab in _parts(slabs, step):
             if len(slab) != len(values):
                 raise ArgumentError(f"scores of {len(slab)} classes for {len(values)} labels", "give a label a class")
-            kept = held[:, first[done] - held_from :] if start else slab[:, :0]
+            needed = first[min(done, len(first) - 1)]
+            kept = held[:, needed - held_from :] if start else slab[:, :0]
             held, held_from = torch.cat([kept, slab.cpu()], 1), start - kept.shape[1]
             ready = int(np.searchsorted(stop, start + slab.shape[1], "right"))
-            step = max(1, MAX_SCORES // (len(values) * max(size[1] * size[2], self.shape[1] * self.shape[2])))
             for low in range(done, ready, step):
                 high = min(low + step, ready)
                 inside = slice(first[low] - held_from, stop[high - 1] - held_from)
@@ -711,6 +712,14 @@ def _resample(source: np.ndarray, size: Sequence[int]) -> np.ndarray:
             np.array(source[start : start + step], np.float32, order="C"), size[1:]
         )
     return _interpolate(plane.reshape(1, D, -1), (size[0], size[1] * size[2])).reshape(tuple(size))
+
+
+def _parts(slabs: Iterable[tuple[int, torch.Tensor]], depth: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Slabs (first index, (K, depth, H, W)) cut into thinner ones."""
+    for start, slab in slabs:
+        for part in slab.split(depth, 1):
+            yield start, part
+            start += part.shape[1]
 
 
 def _interpolate(planes: np.ndarray, size: Sequence[int]) -> np.ndarray:

@@ -34,6 +34,16 @@ SCANS = {
 }
 
 
+def training_scans(data: Path, config: PretrainConfig) -> list[Scan]:
+    """The CT volumes that pre-training may see, on the run's grid."""
+    recipe = Preprocessing(spacing_mm=(config.spacing_mm,) * 3)
+    return [
+        Scan(prepare(read_volume(data / "ct" / f"{name}.nii.gz"), recipe).image[0], region)
+        for region, names in SCANS.items()
+        for name in names
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
@@ -43,15 +53,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     config = PretrainConfig(steps=options.steps)
-    recipe = Preprocessing(spacing_mm=(config.spacing_mm,) * 3)
-    scans = []
-    for region, names in SCANS.items():
-        for name in names:
-            image = prepare(read_volume(options.data / "ct" / f"{name}.nii.gz"), recipe).image[0]
-            scans.append(Scan(image, region))
-            print(region, name, tuple(image.shape[1:]))
     print(dataclasses.asdict(config))
-    model = pretrain(config, options.out, ScanPairs(scans, config.crop), device="cpu")
+    pairs = ScanPairs(training_scans(options.data, config), config.crop)
+    model = pretrain(config, options.out, pairs, device="cpu")
     entry = dataclasses.replace(model_info("gvsl-unet-ct-nano"), sources=(), evaluation=())
     path = save_pretrained(model, options.out, entry=entry, dtype=torch.float16)
     print(f"{path}: sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}")

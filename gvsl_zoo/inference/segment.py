@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..cluster import connect
 from ..errors import ArgumentError, GvslZooError, VolumeError
 from ..registry import Label
 from ..volume import Prepared, Volume, dicom_files, write_volume
 from ..weights import write_whole
-from .features import WINDOW, body_level, channels_of, prepare_for, repeated
+from .features import body_level, channels_of, default_window, for_volumes, prepare_for, repeated
 from .sliding import Progress, device_of, ready_copy, sliding_slabs
 
 SUFFIXES = (".nii.gz", ".nii")
@@ -46,7 +47,7 @@ def segment(
     holds nothing but air is not computed: it is background, the first label.
 
     Args:
-        volume: a scan or its path; for a model of several channels, a sequence of them on one grid.
+        volume: a scan or its path (for a 2D model a film); for a model of several channels, a sequence on one grid.
         model: with `preprocessing`; (B, C, D, H, W) -> logits (B, K, D, H, W).
         labels: of the K classes, in order; default those of the model's trained head, `model.entry.labels`.
         window: (z, y, x) in voxels of the model's grid; default what the head saw in training, else 96 an axis.
@@ -62,7 +63,7 @@ def segment(
     """
     labels = tuple(labels or trained_labels(model))
     prepared = prepare_channels(volume, model)
-    ready = ready_copy(model)
+    ready = for_volumes(ready_copy(model), model)
     slabs = sliding_slabs(
         prepared.image,
         mirrored(ready) if mirror else ready,
@@ -89,8 +90,10 @@ def trained_labels(model: nn.Module) -> tuple[Label, ...]:
 
 def trained_window(model: nn.Module) -> tuple[int, ...]:
     """What a model saw at once in training, (z, y, x) voxels: norms over a wider window change the features."""
+    default = default_window(model)
     entry = getattr(model, "entry", None)
-    return (entry.input.window if entry else None) or WINDOW
+    window = (entry.input.window if entry else None) or default
+    return (*default[: 3 - len(window)], *window)  # of a film a slice
 
 
 def prepare_channels(volume: Scan | Sequence[Scan], model: nn.Module) -> Prepared:
@@ -260,15 +263,9 @@ def _carried_out(
         for job in jobs:
             yield job, _tried(job, model, settings)
         return
-    try:
-        from distributed import Client, as_completed
-    except ImportError:
-        raise ArgumentError("a cluster needs dask", "pip install 'gvsl-zoo[cluster]'") from None
-    try:
-        client = Client(cluster, timeout=30)
-    except (OSError, ValueError) as error:
-        raise VolumeError(f"no cluster at {cluster!r}: {error}", "start 'dask scheduler' and 'dask worker'") from None
-    with client:
+    with connect(cluster) as client:
+        from distributed import as_completed
+
         shared = client.scatter(model, broadcast=True)
         job_of = {client.submit(_tried, job, shared, settings, pure=False): job for job in jobs}
         for future in as_completed(job_of):

@@ -19,6 +19,7 @@ from ..models.backbone import Conv3d
 
 SIGMA_PER_WINDOW = 1 / 8  # of the Gaussian importance (Isensee et al. 2021, nnU-Net): a window is worst at its border
 PRECISIONS = ("float32", "bf16")
+SLAB_VOXELS = 2**14  # whose float32 sums are right, and which stay in the cache
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the axes of a tensor
 
 Progress = Callable[[int, int], None]  # windows done, windows in all
@@ -120,17 +121,19 @@ class ExactGroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 5 or x.dtype != torch.float32:
             return super().forward(x)
-        return torch.cat([self._normalised(sample) for sample in x.split(1)])
+        samples = [self._normalised(sample) for sample in x.split(1)]
+        return samples[0] if len(samples) == 1 else torch.cat(samples)
 
     def _normalised(self, x: Tensor) -> Tensor:
-        sums = torch.zeros(2, self.num_channels, dtype=torch.float64)  # of values and squares
-        for plane in x[0].movedim(0, -1).reshape(x.shape[2], -1, self.num_channels):  # small enough for the cache
-            sums[0] += plane.sum(0)
-            sums[1] += plane.square().sum(0)
-        mean, square = sums.view(2, self.num_groups, -1).mean(2) / x[0, 0].numel()
-        deviation = (square - mean.square() + self.eps).sqrt()
-        mean, deviation = (v.repeat_interleave(self.num_channels // self.num_groups) for v in (mean, deviation))
-        return F.batch_norm(x, mean.float(), deviation.square().float(), self.weight, self.bias, eps=0.0)
+        slabs = x.split(max(1, SLAB_VOXELS // x[0, 0, 0].numel()), 2)
+        statistics = [torch.ops.aten.batch_norm_update_stats(slab, None, None, 0.0) for slab in slabs]
+        means, variances = (torch.stack(values).double() for values in zip(*statistics, strict=True))  # (slabs, C)
+        share = torch.tensor([slab.shape[2] / x.shape[2] for slab in slabs], dtype=torch.float64)
+        mean, square = share @ means, share @ (variances + means.square())
+        mean, square = (v.view(self.num_groups, -1).mean(1) for v in (mean, square))
+        channels = self.num_channels // self.num_groups
+        mean, variance = (v.repeat_interleave(channels).float() for v in (mean, square - mean.square()))
+        return F.batch_norm(x, mean, variance, self.weight, self.bias, eps=self.eps)
 
 
 QUICKER: dict[type[nn.Module], type[nn.Module]] = {
@@ -142,7 +145,7 @@ QUICKER: dict[type[nn.Module], type[nn.Module]] = {
 
 def ready_copy(module: nn.Module) -> nn.Module:
     """A copy of a module for many windows, in evaluation mode; on an x86 CPU channels-last, its layers `QUICKER`."""
-    copy = deepcopy(module).eval()
+    copy = deepcopy(module, {id(buffer): buffer for buffer in module.buffers()}).eval()  # nothing writes to these
     if device_of(copy).type != "cpu" or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return copy
     for layer in copy.modules():
