@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/gvsl-zoo demo --output demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-oldest-hub: $(READY) $(OLDEST_HUB)
 	PYTHONPATH=$(OLDEST_HUB) $(BIN)/python -m pytest tests/test_hub.py tests/test_hub_server.py tests/test_sources.py tests/test_share.py
@@ -35,6 +35,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.feed
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.sliding
+	$(BIN)/python -m benchmarks.backbones
 	$(BIN)/python -m benchmarks.register
 	$(BIN)/python -m benchmarks.correspond
 	$(BIN)/python scripts/model_table.py

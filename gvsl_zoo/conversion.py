@@ -14,6 +14,7 @@ from typing import Any, Literal
 from .cache import sha256_of
 from .checkpoint import DOWNLOAD_AGAIN, SAVE_AGAIN, Claim, outline, read_archive, read_tensors, short
 from .errors import WeightsError, listed
+from .models.gemini import GEMINI
 from .models.gvsl import GVSL
 from .models.unet import UNet
 from .registry import OBJECTIVE_HEADS, Head, Input, Intensity, Licence, ModelEntry, model_info
@@ -254,14 +255,9 @@ def _recognise_unet(shapes: Mapping[str, tuple[int, ...]]) -> tuple[_Content, di
 
 
 def deformer_shapes(ndim: int, width: int) -> dict[str, tuple[int, ...]]:
-    """Tensors of GEMINI's deformer on local features of `width` channels (He et al. 2025, released code)."""
-    chans = ((2, 1), (1, 2), (2, 2), (4, 2), (3, 1))  # in and out, in widths; the last two take a skip too
-    kernel = (3,) * ndim
-    weights: dict[str, tuple[int, ...]] = {"deformer.1": (ndim, width, *kernel)}
-    for i, (in_chans, out_chans) in enumerate(chans, 1):
-        unit = f"deformer.0.Conv{i}.one_conv"
-        weights |= {f"{unit}.0": (out_chans * width, in_chans * width, *kernel), f"{unit}.1": (out_chans * width,)}
-    return dict(_with_biases(weights))
+    """Tensors of GEMINI's deformer beside a U-Net of `width`."""
+    module = GEMINI(UNet(ndim, width, device="meta"), device="meta")
+    return {f"deformer.{name}": tuple(tensor.shape) for name, tensor in module.deformer.state_dict().items()}
 
 
 def xmorpher_shapes() -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .errors import ArgumentError, VolumeError
 from .inference.features import body, dense_features, prepare_for, preprocessing_of, principal_components
 from .losses import local_ncc_loss
-from .models.gvsl import GVSL
+from .models.gemini import GEMINI, WholeModule
 from .pretrain.anatomy import LABELS, Subject, sample_subject
 from .pretrain.augment import damage
 from .report import Row, draw, matching_row, middle, restoration_row, scan_rows
@@ -56,9 +56,9 @@ class DemoResult(NamedTuple):
 
 
 def run_demo(
-    model: GVSL, out_dir: Path, scan: Volume | None = None, progress: Callable[[str], None] | None = None
+    model: WholeModule, out_dir: Path, scan: Volume | None = None, progress: Callable[[str], None] | None = None
 ) -> DemoResult:
-    """Show what a GVSL module does; the same model and scan give the same numbers and pictures.
+    """Show what a whole module does; the same model and scan give the same numbers and pictures.
 
     Args:
         model: loaded with task="pretraining", with `preprocessing`.
@@ -70,7 +70,7 @@ def run_demo(
 
     Errors: ArgumentError for a model without the heads; VolumeError for a folder that cannot be written.
     """
-    if not isinstance(model, GVSL):
+    if not isinstance(model, WholeModule):
         cause = f"{type(model).__name__} has no matching and restoration heads"
         raise ArgumentError(cause, 'load the whole module: gvsl_zoo.load(name, task="pretraining")')
     say = progress or (lambda text: None)
@@ -152,7 +152,7 @@ def as_volume(subject: Subject) -> Volume:
 
 
 @torch.inference_mode()
-def restore(model: GVSL, prepared: Prepared, generator: torch.Generator) -> list[dict[str, Tensor]]:
+def restore(model: WholeModule, prepared: Prepared, generator: torch.Generator) -> list[dict[str, Tensor]]:
     """The middle of the scan, damaged anew each time and restored: "original", "damaged", "restored", (D, H, W)."""
     original = prepared.image
     for axis, centre in enumerate(middle(original[0, 0]), 2):
@@ -161,14 +161,15 @@ def restore(model: GVSL, prepared: Prepared, generator: torch.Generator) -> list
     crops = []
     for _ in range(DAMAGES):
         damaged = damage(original, generator)
-        restored = model.restore(model.unet(on_device(damaged, model))).float().cpu()
+        given = on_device(damaged, model)
+        restored = model.restore(given if isinstance(model, GEMINI) else model.unet(given)).float().cpu()
         crops.append({"original": original[0, 0], "damaged": damaged[0, 0], "restored": restored[0, 0]})
     return crops
 
 
 @torch.inference_mode()
 def match(
-    model: GVSL, spacing_mm: tuple[float, float, float], generator: torch.Generator
+    model: WholeModule, spacing_mm: tuple[float, float, float], generator: torch.Generator
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Match pairs of synthetic subjects: the pictures of the first for `matching_row`, the means of `DemoResult`."""
     pictures: dict[str, Tensor] = {}
@@ -177,7 +178,9 @@ def match(
     for _ in range(PAIRS):
         subjects = [sample_subject(MATCH_SHAPE, generator, spacing_mm) for _ in range(2)]
         fixed, moving = (prepare_for(as_volume(s), model).image for s in subjects)
-        displacement = model(on_device(fixed, model), on_device(moving, model)).displacement.float().cpu()
+        answer = model(on_device(fixed, model), on_device(moving, model))
+        displacement = answer.displacement_ba if isinstance(model, GEMINI) else answer.displacement
+        displacement = displacement.float().cpu()
         warped = warp(moving, displacement)
         length_mm = (displacement * displacement.new_tensor(spacing_mm).view(1, 3, 1, 1, 1)).norm(dim=1)
         found = {
@@ -203,7 +206,7 @@ def match(
     return pictures, means | {"organs": table}
 
 
-def on_device(image: Tensor, model: GVSL) -> Tensor:
+def on_device(image: Tensor, model: WholeModule) -> Tensor:
     """The image in every input channel of the model, on its device."""
     return image.to(next(model.parameters()).device).expand(-1, model.unet.in_chans, -1, -1, -1)
 

@@ -1,8 +1,9 @@
-"""Losses: of GVSL local NCC, smoothness, restoration (He et al. 2023, sec. 3.1); of segmentation soft Dice."""
+"""Losses: of GVSL local NCC, smoothness, restoration (He et al. 2023); GEMINI's terms (2025); of segmentation Dice."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .errors import ArgumentError
-from .spatial import full_precision
+from .spatial import full_precision, warp
 
 STABILISER = 1e-5  # added to the product of the two window variances; released code
+GEMINI_WEIGHTS = {"ncc": 1.0, "smoothness": 0.4, "deformation": 0.8, "positive": 0.08, "restoration": 100.0}  # paper's
 
 
 def box_sum(x: Tensor, window: int) -> Tensor:
@@ -121,6 +123,79 @@ def smoothness_loss(displacement: Tensor) -> Tensor:
 def restoration_loss(restored: Tensor, image: Tensor) -> Tensor:
     """Mean squared error of a restored image and the undamaged one, both (B, C, *shape); scalar, float32."""
     return F.mse_loss(restored.float(), image.float())
+
+
+# --- GEMINI ----------------------------------------------------------------------------------------------------------
+
+
+class GeminiTerms(NamedTuple):
+    """The matching terms of GEMINI, scalars, float32, without their weights; each is a sum over both directions."""
+
+    ncc: Tensor  # L_GVS: the images agree
+    smoothness: Tensor  # L_smo: of the displacements
+    deformation: Tensor  # L_def: the displacements bring features that agree together
+    positive: Tensor  # L_pos: features that were brought together agree
+
+
+def gemini_terms(
+    a: Tensor,
+    b: Tensor,
+    f_a: Tensor,
+    f_b: Tensor,
+    displacement_ab: Tensor,
+    displacement_ba: Tensor,
+    *,
+    resample: Callable[..., Tensor] = warp,
+) -> GeminiTerms:
+    """How well two images and their features match, both ways; what comes from outside an image does not count.
+
+    L_def gives no gradient to the features themselves, L_pos none to the displacements.
+
+    Args:
+        a, b: images, (B, 1, *shape). f_a, f_b: their features, (B, C, *shape).
+        displacement_ab: (B, n, *shape), voxels: resample(a, displacement_ab) is to look like b; displacement_ba back.
+        resample: `spatial.warp`, or a module's own.
+
+    Source: He et al. 2025 (GEMINI).
+    """
+    ways = []
+    for image, target, f, f_target, displacement in (
+        (a, b, f_a, f_b, displacement_ab),
+        (b, a, f_b, f_a, displacement_ba),
+    ):
+        still = displacement.detach()
+        mask = resample(torch.ones_like(image[:, :1]), still, mode="nearest")
+        ways.append(
+            (
+                masked_ncc_loss(resample(image, displacement), target, mask),
+                smoothness_loss(displacement),
+                masked_cosine_loss(resample(f.detach(), displacement), f_target.detach(), mask),
+                masked_cosine_loss(resample(f, still), f_target, mask),
+            )
+        )
+    return GeminiTerms(*(there + back for there, back in zip(*ways, strict=True)))
+
+
+def masked_ncc_loss(a: Tensor, b: Tensor, mask: Tensor, window: int = 9) -> Tensor:
+    """1 - mean local squared correlation of a and b (B, C, *shape) where the mask (B, 1, *shape) says so; scalar."""
+    return 1 - masked_mean(local_correlation(a, b, window), mask)
+
+
+def masked_cosine_loss(u: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """1 - mean cosine of the feature vectors of u and v (B, C, *shape) where the mask (B, 1, *shape) says so; scalar.
+
+    Runs in float32 whatever the mixed precision around it.
+    """
+    with full_precision(u):
+        return 1 - masked_mean(F.cosine_similarity(u.float(), v.float(), dim=1)[:, None], mask)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x (B, C, *shape) over the voxels of a batch that the mask (B, 1, *shape) counts; 0 if it counts none."""
+    return (x * mask).sum() / (mask.sum() * x.shape[1]).clamp_min(1)
+
+
+# --- Segmentation ----------------------------------------------------------------------------------------------------
 
 
 def dice_loss(logits: Tensor, classes: Tensor) -> Tensor:

@@ -374,6 +374,8 @@ def curves_picture(
     for axes, (what, names) in zip(others, panels.items(), strict=True):
         for name in names:
             points = [(record["step"], record[name]) for record in log if name in record]
+            if not points:  # a head that this model lacks
+                continue
             style = "--" if name.endswith("before") else "-"
             axes.plot(*zip(*points, strict=True), style, marker=".", label=name.replace("_", " "), lw=1.4)
         axes.set(title=what)

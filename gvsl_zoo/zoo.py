@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from . import __version__, cache, hub, sources
 from .card import card_files
 from .errors import ArgumentError, SourceError, WeightsError, listed
+from .film import FilmPreprocessing, prepare_film, read_film
 from .models.backbone import Backbone, FeatureList
+from .models.gemini import GEMINI, WholeModule
 from .models.gvsl import GVSL
 from .models.heads import ClassificationModel, HeadedModel, SegmentationModel
 from .models.unet import UNet
+from .models.xmorpher import XMorpher
 from .registry import TASKS, ModelEntry, model_info
 from .sources import Access
 from .volume import Preprocessing, Volume, prepare, read_volume
@@ -35,8 +38,10 @@ from .weights import (
     write_whole,
 )
 
+BACKBONES: dict[str, type[UNet] | type[XMorpher]] = {"unet": UNet, "xmorpher": XMorpher}
 HEADED: dict[str, type[HeadedModel]] = {"segmentation": SegmentationModel, "classification": ClassificationModel}
 WHOLE_MODULE = "unet."  # prefix of the backbone's tensors in a file that holds the pre-training heads too
+WHOLE_OBJECTIVES = ("gvsl", "gemini")  # whose heads this version has
 BESIDE_HEAD = "backbone."  # the same in a file that holds a trained head
 
 
@@ -242,24 +247,27 @@ def build(
     num_classes: of a fresh head; without it a task that the entry has a trained head for gets that one's shape.
     features: levels of a feature list (empty: the encoder's), or None for a whole backbone.
     """
-    if entry.architecture != "unet" or entry.objective not in ("gvsl", "gemini", "restoration", "supervised"):
+    if entry.objective not in ("gvsl", "gemini", "restoration", "supervised"):
         raise ArgumentError(
             f"{entry.name} is a {entry.architecture} with the objective {entry.objective}, which this version lacks",
             "see gvsl_zoo.list_models(available=True)",
         )
     config = {key: value for key, value in entry.config.items() if key != "in_chans"}
-    if task in ("registration", "pretraining") and entry.objective != "gvsl":
+    if task in ("registration", "pretraining") and entry.objective not in WHOLE_OBJECTIVES:
         raise ArgumentError(f"{entry.name}: this version lacks the heads of {entry.objective}", "load the backbone")
     affine_width = config.pop("affine_width", None)
     levels = () if task == "classification" and num_classes is not None else features
-    decoder = levels is None or any(i >= UNet.encoder_levels for i in levels)
-    backbone = UNet(**config, in_chans=in_chans, decoder=decoder, device=device)
+    architecture = BACKBONES[entry.architecture]
+    decoder = levels is None or any(i >= architecture.encoder_levels for i in levels)
+    backbone = architecture(**config, in_chans=in_chans, decoder=decoder, device=device)
     if features is not None:
         return FeatureList(backbone, features or None)
     if task in HEADED:
         classes = len(entry.labels) if num_classes is None else num_classes
         return HEADED[task](backbone, classes, device=device)
     if task in ("registration", "pretraining"):
+        if entry.objective == "gemini":
+            return GEMINI(backbone, device=device)
         return GVSL(backbone, affine_width=affine_width, device=device)
     return backbone
 
@@ -275,8 +283,8 @@ def _fill(model: nn.Module, file: WeightsFile, sha256: str | None, *, trained: b
 
     trained: the head is the file's.
     """
-    target: nn.Module = model if isinstance(model, GVSL) or trained else _backbone(model)
-    ours = WHOLE_MODULE if isinstance(target, GVSL) else BESIDE_HEAD if trained else ""
+    target: nn.Module = model if isinstance(model, WholeModule) or trained else _backbone(model)
+    ours = WHOLE_MODULE if isinstance(target, WholeModule) else BESIDE_HEAD if trained else ""
     theirs = next((p for p in (WHOLE_MODULE, BESIDE_HEAD) if any(name.startswith(p) for name in file.slots)), "")
     names = {ours + name.removeprefix(theirs): name for name in file.slots if name.startswith(theirs)}
     if ours:  # the heads keep their names
@@ -307,7 +315,7 @@ def widest_task(entry: ModelEntry) -> str:
     """The task whose module holds most of an entry's tensors."""
     if entry.trained_head:
         return entry.trained_head
-    return "pretraining" if "pretraining" in entry.tasks and entry.objective == "gvsl" else "backbone"
+    return "pretraining" if "pretraining" in entry.tasks and entry.objective in WHOLE_OBJECTIVES else "backbone"
 
 
 def _spread_channels(tensors: dict[str, Tensor], backbone: Backbone, prefix: str) -> None:
@@ -317,12 +325,11 @@ def _spread_channels(tensors: dict[str, Tensor], backbone: Backbone, prefix: str
         tensors[name] = tensors[name].float().repeat_interleave(backbone.in_chans, 1) / backbone.in_chans
 
 
-def preprocessing(entry: ModelEntry) -> Preprocessing | None:
-    """What the entry expects of a volume; None for models of films."""
-    if entry.ndim != 3:
-        return None
-    spacing = entry.input.spacing_mm
-    intensity = entry.input.intensity
+def preprocessing(entry: ModelEntry) -> Preprocessing | FilmPreprocessing:
+    """What the entry expects of a volume or film."""
+    spacing, size, intensity = entry.input.spacing_mm, entry.input.size, entry.input.intensity
+    if entry.ndim == 2:
+        return FilmPreprocessing(None if size is None else (size[0], size[1]), intensity.window, intensity.scale)
     return Preprocessing(
         spacing_mm=None if spacing is None else (spacing[0], spacing[1], spacing[2]),
         unit=intensity.unit,
@@ -348,11 +355,14 @@ def _dress(model: nn.Module, entry: ModelEntry, report: LoadReport) -> nn.Module
     return model
 
 
-def _preprocess(recipe: Preprocessing | None, in_chans: int, volume: Volume | str | os.PathLike[str]) -> Tensor:
-    """The input tensor (1, C, D, H, W) of a scan or its path, every channel the same."""
-    if recipe is None:
-        raise ArgumentError("this model takes films, not volumes", "give it a tensor (B, 1, H, W) in [0, 1]")
-    image = prepare(volume if isinstance(volume, Volume) else read_volume(volume), recipe).image
+def _preprocess(
+    recipe: Preprocessing | FilmPreprocessing, in_chans: int, volume: Volume | str | os.PathLike[str]
+) -> Tensor:
+    """The input tensor (1, C, D, H, W) of a scan or (1, C, H, W) of a film, or its path, every channel the same."""
+    if isinstance(recipe, FilmPreprocessing):
+        image = prepare_film(volume if isinstance(volume, Volume) else read_film(volume), recipe).image[:, :, 0]
+    else:
+        image = prepare(volume if isinstance(volume, Volume) else read_volume(volume), recipe).image
     return image.expand(-1, in_chans, *image.shape[2:])
 
 
@@ -385,7 +395,7 @@ def _save(
     model: nn.Module, folder: Path, entry: ModelEntry | None, dtype: torch.dtype, repo: str | None
 ) -> tuple[Path, ModelEntry]:
     given, entry = entry, entry or getattr(model, "entry", None)
-    if entry is None or not isinstance(model, Backbone | GVSL | HeadedModel):
+    if entry is None or not isinstance(model, Backbone | WholeModule | HeadedModel):
         raise ArgumentError(
             f"a {type(model).__name__} {'without an entry ' if entry is None else ''}cannot be saved",
             "save a backbone, a whole module or a trained head, with entry=",

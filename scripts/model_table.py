@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from gvsl_zoo import list_models, model_info
+from gvsl_zoo.models.unet import UNet
+from gvsl_zoo.models.xmorpher import XMorpher
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,6 +69,27 @@ def correspond_table() -> str:
     return "\n".join(rows)
 
 
+def architecture_table() -> str:
+    """Parameters and feature channels of the released sizes, counted on modules without values."""
+    rows = [
+        "| backbone | parameters | channels of the encoder's maps | voxels an axis of each | dense features |",
+        "|---|---|---|---|---|",
+    ]
+    for kind, ndim in itertools.product((UNet, XMorpher), (3, 2)):
+        net: UNet | XMorpher = kind(ndim, device="meta")
+        count = sum(parameter.numel() for parameter in net.parameters())
+        channels, steps = net.feature_info.channels(), net.feature_info.reduction()
+        cells = (
+            f"{kind.__name__}, {ndim}D, width {net.width}",
+            f"{count:,}",
+            ", ".join(map(str, channels)),
+            ", ".join(map(str, steps)),
+            str(net.num_features),
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "models": model_table,
@@ -73,6 +97,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "transfer_ct_lungs": partial(transfer_table, "ct_lungs"),
         "transfer_hippocampus": partial(transfer_table, "hippocampus"),
     },
+    "docs/architectures.md": {"architectures": architecture_table},
     "docs/correspond.md": {"correspond": correspond_table},
 }
 

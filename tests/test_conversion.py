@@ -267,7 +267,7 @@ def test_the_released_gemini_gives_the_recorded_features(file, name, cases, name
     backbone = load(dst)
     assert backbone.entry.name == (name if named else "unet-x")
     for case in cases:
-        golden = recorded("official_gemini_f.npz", f"{case}/")
+        golden = recorded("official_gemini.npz", f"{case}/")
         with torch.no_grad():
             local = backbone(image(f"{case}/A", tuple(golden["shape"])))
         assert_as_recorded(local, golden, "f", f"{case}f")

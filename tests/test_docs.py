@@ -11,6 +11,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from gvsl_zoo import drive, read_volume, registry, write_volume
 from gvsl_zoo.cli import main
 from gvsl_zoo.demo import as_volume
 from gvsl_zoo.pretrain.anatomy import LABELS, sample_subject
-from gvsl_zoo.pretrain.config import PRESETS, PretrainConfig
+from gvsl_zoo.pretrain.config import PRESETS, Objective, PretrainConfig
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "weights.md").read_text()
@@ -215,3 +216,31 @@ def test_every_block_of_the_page_on_correspondence_runs_in_order(tmp_path, monke
     assert blocks == 2 and names["found"].confidence.shape == (2,) and names["heat"].shape == (40, 30, 34)
     assert Path("matches.csv").read_text().startswith("name,x,y,z,confidence\ncarina,")
     assert Path("heat/point-1.nii.gz").is_file()
+
+
+def test_every_block_of_the_page_on_architectures_runs(monkeypatch):
+    names, blocks = run_blocks("architectures.md", monkeypatch)
+    alone, seeing = names["alone"], names["seeing"]
+    assert blocks == 1 and alone.bottleneck.shape == seeing.bottleneck.shape == (1, 128, 2, 2, 2)
+    assert alone.local.shape == seeing.local.shape == (1, 8, 37, 40, 33)
+    assert not torch.allclose(alone.local, seeing.local, atol=1e-3)  # the other image was seen
+
+
+def test_the_pictures_of_architectures_and_objectives_are_those_of_the_modules(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
+    monkeypatch.syspath_prepend(str(DOCS.parent / "scripts"))
+    import diagrams
+
+    diagrams.main(tmp_path)
+    drawn = sorted(tmp_path.iterdir())
+    shown = set(
+        re.findall(r"\((\w+\.svg)\)", (DOCS / "architectures.md").read_text() + (DOCS / "objectives.md").read_text())
+    )
+    assert {path.name for path in drawn} == shown
+    for path in drawn:
+        assert path.read_bytes() == (DOCS / path.name).read_bytes(), "run python scripts/diagrams.py"
+
+
+def test_the_page_on_objectives_names_them_all():
+    page = (DOCS / "objectives.md").read_text()
+    assert [name for name in get_args(Objective) if name not in page.lower()] == []

@@ -13,8 +13,11 @@ from gvsl_zoo.losses import (
     _LocalCorrelation,
     box_sum,
     dice_loss,
+    gemini_terms,
     local_correlation,
     local_ncc_loss,
+    masked_cosine_loss,
+    masked_ncc_loss,
     restoration_loss,
     smoothness_loss,
 )
@@ -220,6 +223,102 @@ def test_losses_of_a_batch_are_the_mean_of_its_images(shape):
     for loss, arguments in ((local_ncc_loss, (a, b)), (restoration_loss, (a, b)), (smoothness_loss, (flow,))):
         single = sum(loss(*(x[i : i + 1] for x in arguments)).item() for i in range(2)) / 2
         assert loss(*arguments).item() == pytest.approx(single, rel=1e-5)
+
+
+# --- GEMINI ---------------------------------------------------------------------------------------------------------
+
+
+def matched(shape, batch=2):
+    """Images, features and displacements of a pair, as `gemini_terms` takes them."""
+    a, b = images(shape, batch)
+    f_a, f_b = (rnd(tag, (batch, 5, *shape)) for tag in ("f_a", "f_b"))
+    there, back = (2 * rnd(tag, (batch, len(shape), *shape)) for tag in ("there", "back"))
+    return a, b, f_a, f_b, there, back
+
+
+@each_shape
+def test_without_displacement_everything_counts_and_the_terms_are_the_plain_ones(shape):
+    a, b, f_a, f_b, there, back = matched(shape)
+    terms = gemini_terms(a, b, f_a, f_b, 0 * there, 0 * back)
+    cosine = 1 - F.cosine_similarity(f_a, f_b).mean().item()
+    assert terms.ncc.item() == pytest.approx(2 * local_ncc_loss(a, b).item(), rel=1e-4)
+    assert terms.deformation.item() == pytest.approx(2 * cosine, rel=1e-5)
+    assert terms.positive.item() == pytest.approx(2 * cosine, rel=1e-5)
+    assert terms.smoothness == 0
+
+
+@each_shape
+def test_what_comes_from_outside_does_not_count(shape):
+    """A shift matches an image and its features to their shifted copies, whatever lies where nothing is known."""
+    a, _, f_a, noise, *_ = matched(shape)
+    shift = torch.zeros(2, len(shape), *shape)
+    shift[:, -1] = 3.0
+    b, f_b = a.roll(-3, -1), f_a.roll(-3, -1)
+    b[..., -3:], f_b[..., -3:] = 0.5, noise[..., -3:]
+    terms = gemini_terms(a, b, f_a, f_b, shift, -shift)
+    assert max(terms.deformation.item(), terms.positive.item()) < 1e-4
+    wrong = gemini_terms(a, b, f_a, f_b, -shift, shift)
+    assert wrong.deformation > 1 and wrong.ncc > terms.ncc
+
+
+@each_shape
+def test_swapping_the_images_and_the_ways_changes_no_term(shape):
+    a, b, f_a, f_b, there, back = matched(shape)
+    for ours, swapped in zip(
+        gemini_terms(a, b, f_a, f_b, there, back), gemini_terms(b, a, f_b, f_a, back, there), strict=True
+    ):
+        assert ours.item() == pytest.approx(swapped.item(), rel=1e-6)
+
+
+@each_shape
+def test_the_deformation_term_moves_displacements_alone_and_the_positive_term_features_alone(shape):
+    given = [x.requires_grad_() for x in matched(shape)]
+    terms = gemini_terms(*given)
+    for term, moved in ((terms.deformation, given[4:]), (terms.positive, given[2:4]), (terms.smoothness, given[4:])):
+        gradients = torch.autograd.grad(term, given, allow_unused=True, retain_graph=True)
+        for x, gradient in zip(given, gradients, strict=True):
+            assert (gradient is not None) == any(x is other for other in moved)
+            assert gradient is None or gradient.abs().max() > 0
+    there, back = torch.autograd.grad(terms.ncc, given[4:])
+    assert there.abs().max() > 0 and back.abs().max() > 0
+    assert terms.deformation.item() == pytest.approx(terms.positive.item(), rel=1e-6)
+
+
+@each_shape
+def test_a_pair_that_lies_wholly_outside_has_loss_one_each_way_and_a_finite_gradient(shape):
+    a, b, f_a, f_b, there, back = matched(shape)
+    far = [torch.full_like(u, 1000.0).requires_grad_() for u in (there, back)]
+    terms = gemini_terms(a, b, f_a.requires_grad_(), f_b, *far)
+    (terms.ncc + terms.deformation + terms.positive).backward()
+    assert terms.ncc == terms.deformation == terms.positive == 2
+    assert far[0].grad.isfinite().all() and f_a.grad.isfinite().all()
+
+
+@each_shape
+def test_a_mask_of_ones_changes_nothing_and_others_leave_out(shape):
+    a, b, f_a, f_b, *_ = matched(shape)
+    ones, half = torch.ones_like(a), torch.ones_like(a)
+    half[..., : shape[-1] // 2] = 0
+    assert masked_ncc_loss(a, b, ones).item() == pytest.approx(local_ncc_loss(a, b).item(), rel=1e-5)
+    kept = local_correlation(a, b)[..., shape[-1] // 2 :].mean().item()
+    assert masked_ncc_loss(a, b, half).item() == pytest.approx(1 - kept, rel=1e-5)
+    f_c = torch.where(half > 0, f_a, f_b)
+    assert masked_cosine_loss(f_a, f_c, half).item() == pytest.approx(0, abs=1e-6)
+    assert masked_cosine_loss(f_a, f_c, ones) > 0.1
+    assert masked_cosine_loss(f_a, -3 * f_a, ones).item() == pytest.approx(2, rel=1e-5)
+
+
+@each_shape
+def test_the_terms_do_not_change_under_mixed_precision(shape):
+    given = matched(shape)
+    plain = gemini_terms(*given)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = gemini_terms(*given)
+    assert all(term.dtype == torch.float32 for term in mixed)
+    assert plain == mixed
+
+
+# --- Segmentation ---------------------------------------------------------------------------------------------------
 
 
 def labelled(shape, classes=4):

@@ -20,6 +20,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from test_dicom import write_series
+from test_film import write_dicom
 from test_volume import CONTENTS, DATA, ORIENTATIONS, turned_affine
 
 from gvsl_zoo.cli import main
@@ -332,7 +333,7 @@ def test_folders_that_cannot_be_meant_are_refused(tmp_path, scans):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArgumentError, match=r"empty' holds no .nii, .nii.gz or DICOM file; give the folder"):
         prepare_store(tmp_path / "empty", tmp_path / "s")
-    with pytest.raises(ArgumentError, match=r"scans' holds no .png file"):
+    with pytest.raises(ArgumentError, match=r"scans' holds no .png or DICOM file"):
         prepare_store(scans, tmp_path / "s", ndim=2, unit="grey")
     with pytest.raises(ArgumentError, match="is not a folder"):
         prepare_store(scans / "a.nii", tmp_path / "s")
@@ -628,6 +629,36 @@ def test_films_of_16_bits_are_scaled_by_their_own_extremes(tmp_path):
     prepare_store(tmp_path / "in", tmp_path / "s", ndim=2, unit="arbitrary")
     crop = Store(tmp_path / "s").crop(0, (0, 0), (20, 30))
     np.testing.assert_allclose(crop[0], (pixels - 300.0) / 59_700, atol=2e-5)
+
+
+def test_dicom_films_are_read_one_a_file_and_turned_where_white_is_lowest(tmp_path):
+    pixels = np.random.default_rng(0).integers(100, 4000, (20, 30)).astype(np.uint16)
+    (tmp_path / "in").mkdir()
+    write_dicom(tmp_path / "in" / "a.dcm", pixels)
+    write_dicom(tmp_path / "in" / "b.dcm", pixels, b"MONOCHROME1")
+    write_dicom(tmp_path / "in" / "colour.dcm", np.zeros((20, 30, 3), np.uint8))
+    report = prepare_store(tmp_path / "in", tmp_path / "s", ndim=2, unit="arbitrary")
+    assert (report.volumes, report.quarantined) == (2, 1) and "pictures in colour" in report.quarantine.read_text()
+    plain, turned = (Store(tmp_path / "s").crop(i, (0, 0), (20, 30)) for i in range(2))
+    low, high = int(pixels.min()), int(pixels.max())
+    np.testing.assert_allclose(plain[0], (pixels - float(low)) / (high - low), atol=2e-5)
+    np.testing.assert_allclose(turned, 1 - plain, atol=4e-5)
+    with pytest.raises(VolumeError, match="a picture of more than 8 bits; choose the unit 'arbitrary'"):
+        prepare_store(tmp_path / "in", tmp_path / "grey", ndim=2, unit="grey")
+
+
+def test_films_are_resized_to_the_size_asked_for(tmp_path):
+    columns = np.arange(64, dtype=np.uint8) * 3
+    write_film(tmp_path / "in" / "a.png", np.broadcast_to(columns, (40, 64)).copy())
+    prepare_store(tmp_path / "in", tmp_path / "s", ndim=2, unit="grey", size=32)
+    store = Store(tmp_path / "s")
+    assert store.shape(0) == (32, 32) and store.format.size == 32
+    inside = store.volume(0)[:, 2:-2]
+    np.testing.assert_allclose(inside, np.broadcast_to(columns.reshape(32, 2).mean(1)[2:-2], inside.shape), atol=0.5)
+    with pytest.raises(ArgumentError, match=r"size=32\), not .*size=None"):
+        prepare_store(tmp_path / "in", tmp_path / "s", ndim=2, unit="grey")
+    with pytest.raises(ArgumentError, match="size 32 with ndim 3; give 1 or more, or None"):
+        prepare_store(tmp_path / "in", tmp_path / "volumes", size=32)
 
 
 def test_faulty_films_are_quarantined(tmp_path):

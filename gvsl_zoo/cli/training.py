@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ..errors import ArgumentError
+from ..pretrain.config import PRESETS
 from .common import DEFAULT_MODEL, main, progress_bar, show, with_json
 
 TERMS = ("ncc", "smoothness", "restoration", "cross_entropy", "soft_dice_loss")  # shown while training
@@ -21,7 +22,8 @@ TERMS = ("ncc", "smoothness", "restoration", "cross_entropy", "soft_dice_loss") 
 @click.option("--spacing-mm", type=float, default=1.0, show_default=True, help="Isotropic; not used in 2D.")
 @click.option("--own-spacing", is_flag=True, help="Keep each scan's own spacing instead.")
 @click.option("--unit", type=click.Choice(["HU", "arbitrary", "grey"]), help="Default HU in 3D, grey in 2D.")
-@click.option("--ndim", type=click.Choice(["2", "3"]), default="3", show_default=True, help="2: films, .png.")
+@click.option("--ndim", type=click.Choice(["2", "3"]), default="3", show_default=True, help="2: films, .png or DICOM.")
+@click.option("--size", type=click.IntRange(1), help="Of films: pixels an axis to resize to.  [default: as they are]")
 @click.option("--table", type=click.Path(path_type=Path), help="CSV that chooses files: path, subject, stratum.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
 @click.option("--cluster", help="A dask scheduler (tcp://HOST:PORT), whose workers are used instead.")
@@ -33,6 +35,7 @@ def prepare_command(
     own_spacing: bool,
     unit: str | None,
     ndim: str,
+    size: int | None,
     table: Path | None,
     workers: int,
     cluster: str | None,
@@ -58,6 +61,7 @@ def prepare_command(
             spacing_mm=None if own_spacing else spacing_mm,
             unit=unit or ("HU" if ndim == "3" else "grey"),
             ndim=int(ndim),
+            size=size,
             table=table,
             workers=workers,
             cluster=cluster,
@@ -70,9 +74,10 @@ def prepare_command(
 @click.option("--data", default="synthetic", show_default=True, help="synthetic, a store or its URL, or a scan folder.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option("--steps", required=True, type=click.IntRange(1), help="Steps of the whole run.")
-@click.option("--preset", type=click.Choice(["nano", "small", "base"]), default="nano", show_default=True)
+@click.option("--preset", type=click.Choice(list(PRESETS)), default="nano", show_default=True)
 @click.option("--ndim", type=click.IntRange(2, 3), help="2: films.  [default: 3]")
-@click.option("--objective", help="gvsl, restoration, matching or no-affine.  [default: gvsl]")
+@click.option("--backbone", type=click.Choice(["unet", "xmorpher"]), help="[default: unet]")
+@click.option("--objective", help="gvsl, restoration, matching, no-affine or gemini.  [default: gvsl]")
 @click.option("--batch-size", type=click.IntRange(1), help="Pairs a process.")
 @click.option("--crop", type=click.IntRange(16), help="Voxels an axis.")
 @click.option("--seed", type=click.IntRange(0), help="Decides every draw.  [default: 0]")

@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, VolumeError
+from ..film import FilmPreprocessing, prepare_film, read_film
 from ..models.backbone import Backbone, pad_to_multiple
 from ..volume import MAX_BYTES, Prepared, Preprocessing, Volume, prepare, read_volume
 from ..weights import write_whole
 from .sliding import Progress, Windows, device_of, evaluate, ready_copy, sliding_slabs
 
 WINDOW = (96, 96, 96)  # voxels; the crop of He et al. 2023
+FILM_WINDOW = (1, 512, 512)  # pixels; the size of He et al. 2025
 BODY_LEVEL = 0.03  # of the model's intensity range: above -963 HU (CT), lung included, the air outside not
 GRIDS = ("scan", "model")
 PCA_VOXELS = 50_000  # enough for the covariance of a few hundred channels
@@ -39,7 +41,7 @@ def features(
     volume: Volume | str | os.PathLike[str],
     model: nn.Module,
     *,
-    window: Sequence[int] = WINDOW,
+    window: Sequence[int] | None = None,
     overlap: float = 0.25,
     batch_size: int = 1,
     precision: str = "float32",
@@ -50,10 +52,10 @@ def features(
     """Dense local features of a scan, (i, j, k, C) float32, on the grid that `affine` describes.
 
     Args:
-        volume: a scan of one channel, or its path.
+        volume: a scan of one channel, or its path; for a 2D model a film, which is a volume of one slice.
         model: with `preprocessing`; a Backbone, the GVSL module (its `unet` is used), or any module
             (B, C, D, H, W) -> (B, K, D, H, W). A model of several input channels gets the scan in each.
-        window: (z, y, x) in voxels of the model's grid.
+        window: (z, y, x) in voxels of the model's grid; default 96 an axis, of a film 512.
         overlap, batch_size, precision: see `sliding_slabs`.
         grid: "scan" for the scan's own axes, shape, affine and header, "model" for the model's grid (canonical axes,
             its spacing; nothing is resampled). Both lie in the same world.
@@ -84,7 +86,7 @@ def dense_features(
     prepared: Prepared,
     model: nn.Module,
     *,
-    window: Sequence[int] = WINDOW,
+    window: Sequence[int] | None = None,
     overlap: float = 0.25,
     batch_size: int = 1,
     precision: str = "float32",
@@ -105,8 +107,8 @@ def dense_features(
     out = torch.empty(0)
     for start, slab in sliding_slabs(
         repeated(prepared.image, backbone),
-        ready_copy(backbone),
-        window=window,
+        for_volumes(ready_copy(backbone), model),
+        window=window or default_window(model),
         overlap=overlap,
         batch_size=batch_size,
         precision=precision,
@@ -125,7 +127,7 @@ def pooled_features(
     model: nn.Module,
     *,
     mask: Volume | str | os.PathLike[str] | None = None,
-    window: Sequence[int] = WINDOW,
+    window: Sequence[int] | None = None,
     overlap: float = 0.25,
     precision: str = "float32",
     progress: Progress | None = None,
@@ -152,14 +154,18 @@ def pooled_features(
     counted = body(prepared, model).float() if mask is None else mask_on_grid(mask, prepared)
     device, function = device_of(backbone), backbone.forward_features
     sums = [torch.zeros(c, dtype=torch.float64) for c in (backbone.feature_info[-1].channels, backbone.num_features)]
-    windows = Windows(prepared.shape, tuple(window), overlap)
+    windows = Windows(prepared.shape, tuple(window or default_window(model)), overlap)
+    flat = backbone.ndim == 2
+    pool = F.avg_pool2d if flat else F.avg_pool3d
     with _evaluation(backbone):
         for done, (box, share) in enumerate(windows, 1):
             weight = share * counted[box]
             if weight.any():
-                maps = evaluate(function, image[(slice(None), slice(None), *box)].to(device), precision)
-                blocks = pad_to_multiple(weight[None, None], backbone.stride)[0]  # padded as the model pads
-                coarse = F.avg_pool3d(blocks, backbone.stride) * backbone.stride**3
+                patch = image[(slice(None), slice(None), *box)].to(device)
+                patch, weight = (patch[:, :, 0], weight[0]) if flat else (patch, weight)
+                maps = evaluate(function, patch, precision)
+                blocks, _ = pad_to_multiple(weight[None, None], backbone.stride, centred=backbone.centred)
+                coarse = pool(blocks, backbone.stride) * backbone.stride**backbone.ndim
                 for total, values, part in zip(sums, maps, (coarse, weight), strict=True):
                     total += (values[0].float().flatten(1) @ part.flatten().to(device)).cpu()
             if progress:
@@ -218,21 +224,50 @@ def principal_components(features: Tensor, mask: Tensor | None = None, n: int = 
     return (out.clamp_(0, 1) * mask.flatten().to(out.device)).view(n, *shape)
 
 
-def preprocessing_of(model: nn.Module) -> Preprocessing:
+def recipe_of(model: nn.Module) -> Preprocessing | FilmPreprocessing:
     """What the model says of its input; ArgumentError when it says nothing."""
     found = getattr(model, "preprocessing", None)
-    if not isinstance(found, Preprocessing):
+    if not isinstance(found, Preprocessing | FilmPreprocessing):
         remedy = "load it with gvsl_zoo.load, or set model.preprocessing = gvsl_zoo.volume.Preprocessing(...)"
         raise ArgumentError(f"this {type(model).__name__} does not say what input it expects", remedy)
     return found
 
 
-def prepare_for(volume: Volume | str | os.PathLike[str], model: nn.Module) -> Prepared:
-    """The scan, given or read, on the grid of a 3D model."""
-    preprocessing = preprocessing_of(model)
-    if getattr(backbone_of(model), "ndim", 3) != 3:
+def preprocessing_of(model: nn.Module) -> Preprocessing:
+    """What a 3D model says of its input; ArgumentError for a 2D one, or when it says nothing."""
+    recipe = recipe_of(model)
+    if isinstance(recipe, FilmPreprocessing) or getattr(backbone_of(model), "ndim", 3) != 3:
         raise ArgumentError("a 2D model for a volume", "choose a 3D model: gvsl_zoo.list_models(ndim=3)")
-    return prepare(volume if isinstance(volume, Volume) else read_volume(volume), preprocessing)
+    return recipe
+
+
+def prepare_for(volume: Volume | str | os.PathLike[str], model: nn.Module) -> Prepared:
+    """The scan or film, given or read, on the grid of the model."""
+    recipe = recipe_of(model)
+    if isinstance(recipe, FilmPreprocessing):
+        return prepare_film(volume if isinstance(volume, Volume) else read_film(volume), recipe)
+    return prepare(volume if isinstance(volume, Volume) else read_volume(volume), preprocessing_of(model))
+
+
+class OneSlice(nn.Module):
+    """A model of films as one of volumes of one slice: (B, C, 1, H, W) -> (B, K, 1, H, W)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.squeeze(2)).unsqueeze(2)
+
+
+def for_volumes(function: nn.Module, model: nn.Module) -> nn.Module:
+    """A function of a model's images as one of what `prepare_for` makes for that model."""
+    return OneSlice(function) if isinstance(recipe_of(model), FilmPreprocessing) else function
+
+
+def default_window(model: nn.Module) -> tuple[int, int, int]:
+    """(z, y, x) voxels that a model sees at once where nobody says."""
+    return FILM_WINDOW if isinstance(recipe_of(model), FilmPreprocessing) else WINDOW
 
 
 def body(prepared: Prepared, model: nn.Module) -> Tensor:
@@ -243,7 +278,7 @@ def body(prepared: Prepared, model: nn.Module) -> Tensor:
 
 def body_level(model: nn.Module) -> float:
     """The value of the model's input above which there is more than air."""
-    low, high = preprocessing_of(model).scale
+    low, high = recipe_of(model).scale
     return low + BODY_LEVEL * (high - low)
 
 

@@ -14,7 +14,9 @@ from torch import nn
 
 from ..errors import ArgumentError, WeightsError
 from ..models.backbone import Backbone, FeatureList
-from ..models.gvsl import GVSL, Matching
+from ..models.gemini import GEMINI, MutualMatching, WholeModule
+from ..models.gvsl import Matching
+from ..models.xmorpher import XMorpher
 from ..weights import METADATA_KEY, write_whole
 from . import parts_of
 
@@ -36,7 +38,7 @@ def export_onnx(
 
     Args:
         path: of the file, .onnx.
-        shape: spatial shape to fix, with a batch of one; registration needs it.
+        shape: spatial shape to fix, with a batch of one; registration needs it, and so does an XMorpher.
 
     Returns: the path, written whole or not at all.
     Errors: ArgumentError for what cannot be exported, WeightsError for a file that cannot be written.
@@ -45,11 +47,13 @@ def export_onnx(
     path = Path(path)
     if path.exists() and not overwrite:
         raise WeightsError(f"{path} exists already", "choose another name, or pass overwrite=True (--overwrite)")
-    if isinstance(model, GVSL) and shape is None:
+    if isinstance(model, WholeModule) and shape is None:
         raise ArgumentError("registration computes its grid from the image's size", "give shape=(D, H, W)")
+    if isinstance(backbone, XMorpher) and shape is None:
+        raise ArgumentError("an XMorpher lays out its windows for one size", "give shape=, a size in voxels an axis")
     if shape is not None and (len(shape) != backbone.ndim or min(shape) < 1):
         raise ArgumentError(f"shape {tuple(shape)} for a {backbone.ndim}D model", "give a size in voxels an axis")
-    inputs = ("fixed", "moving") if isinstance(model, GVSL) else ("image",)
+    inputs = ("fixed", "moving") if isinstance(model, WholeModule) else ("image",)
     program = _program(model, backbone, inputs, shape)
     recipe = getattr(model, "preprocessing", None)
     program.model.metadata_props[METADATA_KEY] = json.dumps(entry.to_dict())
@@ -83,8 +87,8 @@ def _program(model: nn.Module, backbone: Backbone, inputs: Sequence[str], shape:
 
 def output_names(model: nn.Module) -> list[str]:
     """Names of the file's outputs."""
-    if isinstance(model, GVSL):
-        return list(Matching._fields)
+    if isinstance(model, WholeModule):
+        return list((MutualMatching if isinstance(model, GEMINI) else Matching)._fields)
     if isinstance(model, FeatureList):
         return model.feature_info.module_name()
     return ["features" if isinstance(model, Backbone) else "logits"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,15 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class FeatureLevel:
-    """One feature map: its module, channels, and how many input voxels one of its voxels spans an axis."""
+    """One feature map: its module, channels, and how many input voxels one of its voxels spans an axis.
+
+    beside: further modules that it is the first to need.
+    """
 
     module: str
     channels: int
     reduction: int
+    beside: tuple[str, ...] = ()
 
 
 class FeatureInfo(tuple[FeatureLevel, ...]):
@@ -72,33 +76,62 @@ class Linear(nn.Linear):
         pass
 
 
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """A transposed convolution whose values come from `initialise` or from a file, never from its constructor."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class ConvTranspose3d(nn.ConvTranspose3d):
+    """A transposed convolution whose values come from `initialise` or from a file, never from its constructor."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: Conv2d, 3: Conv3d}
+CONV_TRANSPOSE: dict[int, type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]] = {
+    2: ConvTranspose2d,
+    3: ConvTranspose3d,
+}
 
 
 def initialise(module: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Draw the weights of all convolutions (Kaiming normal) and linear layers (PyTorch's default).
+    """Draw the weights of all convolutions (Kaiming normal) and linear layers (PyTorch's default), and of transposed
+    convolutions whose stride is their kernel: normal, with variance 1 / fan-in because no ReLU follows, and alike over
+    the kernel, so that they begin by repeating voxels and leave no pattern (Aitken et al. 2017).
 
     Draws come from `generator`, or from PyTorch's global one. Tensors on the meta device stay as they are.
     Source: released code of He et al. 2023.
     """
     for layer in module.modules():
-        if not isinstance(layer, Conv2d | Conv3d | Linear) or layer.weight.is_meta:
+        kinds = Conv2d | Conv3d | ConvTranspose2d | ConvTranspose3d | Linear
+        if not isinstance(layer, kinds) or layer.weight.is_meta:
             continue
-        if isinstance(layer, Linear):
+        fan_in = layer.weight[0].numel()
+        if isinstance(layer, ConvTranspose2d | ConvTranspose3d):
+            fan_in = layer.in_channels
+            nn.init.normal_(layer.weight, std=1 / math.sqrt(fan_in), generator=generator)
+            kernels = layer.weight.detach().flatten(2)
+            kernels.copy_(kernels[..., :1].clone())
+        elif isinstance(layer, Linear):
             nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
         else:
             nn.init.kaiming_normal_(layer.weight, generator=generator)
         if layer.bias is not None:
-            bound = 1 / math.sqrt(layer.weight[0].numel())  # fan-in
+            bound = 1 / math.sqrt(fan_in)
             nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
 
 
-def pad_to_multiple(x: Tensor, multiple: int) -> tuple[Tensor, list[int]]:
-    """Zero-pad the spatial axes symmetrically, the smaller half first; also return the offsets in front."""
+def pad_to_multiple(x: Tensor, multiple: int, *, centred: bool = True) -> tuple[Tensor, list[int]]:
+    """Zero-pad the spatial axes symmetrically, the smaller half first, or at the far end; also return the offsets in
+    front.
+    """
     missing = [(multiple - size % multiple) % multiple for size in x.shape[2:]]
     if not (torch.compiler.is_exporting() or any(missing)):  # an exported graph takes every size
         return x, [0] * len(missing)
-    front = [m // 2 for m in missing]
+    front = [m // 2 if centred else 0 for m in missing]
     sides = [s for m, f in zip(reversed(missing), reversed(front), strict=True) for s in (f, m - f)]
     return F.pad(x, sides), front
 
@@ -118,7 +151,8 @@ class Backbone(nn.Module):
     """Base of the backbones. A subclass gives `levels`, `stride` and `_maps`.
 
     levels: every feature map it can return, in the order of computation; the encoder's come first.
-    stride: what the input is padded to a multiple of.
+    stride: input voxels that one of the bottleneck spans an axis.
+    multiple: what the input is padded to a multiple of, on both sides if `centred`, else at the far end.
     input_weight: name of the tensor whose second axis is the input channels.
     """
 
@@ -127,6 +161,8 @@ class Backbone(nn.Module):
     levels: FeatureInfo
     encoder_levels: int
     stride: int
+    multiple: int
+    centred = True
     input_weight: str
 
     def __init__(self) -> None:
@@ -160,15 +196,22 @@ class Backbone(nn.Module):
                 f"input has shape {tuple(x.shape)}, but this model takes ({axes}) with C = {self.in_chans}",
                 "add the batch and channel axes, or load the model with in_chans=",
             )
-        return pad_to_multiple(x, self.stride)
+        return pad_to_multiple(x, self.multiple, centred=self.centred)
 
     def forward_features(self, x: Tensor) -> Features:
         """Bottleneck (B, C, *ceil(spatial / stride)) and local features (B, C, *spatial) of x (B, C, *spatial)."""
+        return self._features(x)
+
+    def _features(self, x: Tensor, **settings: Any) -> Features:
         if not self.has_decoder:
             raise ArgumentError("this backbone was built without its decoder", "use forward_intermediates")
         padded, front = self._padded(x)
-        maps = self._maps(padded, len(self.levels) - 1)
+        maps = self._maps(padded, len(self.levels) - 1, **settings)
         return Features(maps[self.encoder_levels - 1], crop(maps[-1], front, x.shape[2:]))
+
+    def forward_pair(self, first: Tensor, second: Tensor) -> tuple[Features, Features]:
+        """Features of two images (B, C, *spatial) that see each other, where the architecture lets them."""
+        raise ArgumentError(f"a {type(self).__name__} sees one image at a time", "take an XMorpher, or pair_mode self")
 
     def forward(self, x: Tensor) -> Tensor:
         """Dense local features (B, C, *spatial) of x (B, in_chans, *spatial), any spatial size."""
@@ -207,16 +250,20 @@ class Backbone(nn.Module):
         """Keep only the blocks' inputs for the backward pass and compute the rest again: memory for time."""
         self._checkpointing = enable
 
-    def _run(self, block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def _run(self, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
         if self._checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
+
+    def level_parameters(self, level: FeatureLevel) -> list[nn.Parameter]:
+        """The parameters that a level is the first to need."""
+        return [p for name in (*level.beside, level.module) for p in self.get_submodule(name).parameters()]
 
     def parameter_groups(self, lr: float, layer_decay: float = 1.0) -> list[dict]:
         """Optimiser groups, one a level: the last level learns at `lr`, each one before at `layer_decay` of it."""
         groups = []
         for depth, level in enumerate(reversed(self.levels)):
-            parameters = [p for p in self.get_submodule(level.module).parameters() if p.requires_grad]
+            parameters = [p for p in self.level_parameters(level) if p.requires_grad]
             if parameters:
                 groups.append({"params": parameters, "lr": lr * layer_decay**depth, "name": level.module})
         return groups[::-1]

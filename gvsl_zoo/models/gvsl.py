@@ -64,13 +64,7 @@ class GVSL(nn.Module):
         # Z-matching: deformable
         self.sp_conv = DoubleConv(ndim, 2 * local, middle, device)
         self.out_flow = conv(middle, ndim, 3, padding=1, device=device)
-        # restoration
-        self.res_conv = nn.Sequential(
-            conv(local, middle, 3, padding=1, device=device),
-            nn.GroupNorm(middle // CHANNELS_PER_RESTORATION_GROUP, middle, device=device),
-            nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True),
-            conv(middle, 1, 1, device=device),
-        )
+        self.res_conv = restoration_head(ndim, local, device)
         for name, child in self.named_children():
             if name != "unet":
                 initialise(child, generator)
@@ -92,16 +86,9 @@ class GVSL(nn.Module):
         """Undamaged image (B, 1, *shape) from the local features (B, C, *shape) of a damaged one."""
         return self.res_conv(local)
 
-    def features(self, fixed: Tensor, moving: Tensor) -> tuple[Features, Features]:
-        """Features of both images (B, C, *shape), from one pass of the backbone."""
-        if fixed.shape != moving.shape:
-            raise ArgumentError(
-                f"fixed image of shape {tuple(fixed.shape)} with a moving one of {tuple(moving.shape)}",
-                "bring both to one grid first",
-            )
-        both = self.unet.forward_features(torch.cat([fixed, moving]))
-        first, second = zip(*(part.chunk(2) for part in both), strict=True)
-        return Features(*first), Features(*second)
+    def features(self, fixed: Tensor, moving: Tensor, *, cross: bool = False) -> tuple[Features, Features]:
+        """Features of both images (B, C, *shape), from one pass of the backbone; with `cross` they see each other."""
+        return pair_features(self.unet, fixed, moving, cross=cross)
 
     def forward(self, fixed: Tensor, moving: Tensor) -> Matching:
         """Match `moving` to `fixed`, both (B, C, *shape) in [0, 1], and restore `fixed`."""
@@ -112,6 +99,36 @@ class GVSL(nn.Module):
             return Matching(released_warp(released_affine_warp(moving, affine), flow), affine, flow, restored)
         displacement = compose(affine, flow)
         return Matching(warp(moving, displacement), affine, displacement, restored)
+
+
+def restoration_head(ndim: int, local: int, device: torch.device | str | None = None) -> nn.Sequential:
+    """Convolution 3 - GroupNorm - LeakyReLU - convolution 1: an image of one channel from `local` feature channels."""
+    conv, middle = CONV[ndim], max(local // 2, 8)
+    return nn.Sequential(
+        conv(local, middle, 3, padding=1, device=device),
+        nn.GroupNorm(middle // CHANNELS_PER_RESTORATION_GROUP, middle, device=device),
+        nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True),
+        conv(middle, 1, 1, device=device),
+    )
+
+
+def pair_features(
+    backbone: Backbone, fixed: Tensor, moving: Tensor, *, cross: bool = False
+) -> tuple[Features, Features]:
+    """Features of both images (B, C, *shape), from one pass of the backbone.
+
+    cross: they see each other, which an XMorpher alone can; else each is seen as if it were alone.
+    """
+    if fixed.shape != moving.shape:
+        raise ArgumentError(
+            f"fixed image of shape {tuple(fixed.shape)} with a moving one of {tuple(moving.shape)}",
+            "bring both to one grid first",
+        )
+    if cross:
+        return backbone.forward_pair(fixed, moving)
+    both = backbone.forward_features(torch.cat([fixed, moving]))
+    first, second = zip(*(part.chunk(2) for part in both), strict=True)
+    return Features(*first), Features(*second)
 
 
 # The geometry of the released code, faults included: only the equivalence tests construct a module that uses it.
@@ -125,10 +142,10 @@ def released_affine_warp(moving: Tensor, affine: Tensor) -> Tensor:
     return F.grid_sample(moving.to(grid.dtype), grid, align_corners=False)
 
 
-def released_warp(moving: Tensor, displacement: Tensor) -> Tensor:
+def released_warp(moving: Tensor, displacement: Tensor, *, mode: str = "bilinear") -> Tensor:
     """Warp that normalises for align_corners=True but samples with False: a zero flow stretches the image."""
     displacement = displacement.float()
     shape = displacement.shape[2:]
     span = displacement.new_tensor(shape).view(1, -1, *[1] * len(shape)) - 1
     unit = 2 * (identity_grid(shape, displacement) + displacement) / span - 1
-    return F.grid_sample(moving, unit.flip(1).movedim(1, -1), align_corners=False)
+    return F.grid_sample(moving, unit.flip(1).movedim(1, -1), mode=mode, align_corners=False)

@@ -109,7 +109,7 @@ class UNet(Backbone):
     Tensor names are those of the released weights.
     """
 
-    stride = 16
+    stride = multiple = 16
     input_weight = "inc.double_conv.0.weight"
     encoder_levels = 5
 

@@ -8,7 +8,11 @@ from typing import Any, Literal, TypeVar, get_args
 
 from ..errors import ArgumentError
 
-Objective = Literal["gvsl", "restoration", "matching", "no-affine"]
+Objective = Literal["gvsl", "restoration", "matching", "no-affine", "gemini"]
+Architecture = Literal["unet", "xmorpher"]
+PairMode = Literal["self", "cross", "mixed"]
+Unit = Literal["HU", "arbitrary", "grey"]
+UNITS: dict[int, tuple[Unit, ...]] = {3: ("HU", "arbitrary"), 2: ("grey", "arbitrary")}  # by axes; the first is default
 Config = TypeVar("Config", bound="RunConfig")
 
 
@@ -39,24 +43,36 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
-    """One run. Loss weights are the paper's (He et al. 2023, sec. 3.1: all 1); the rest is sized for a CPU.
+    """One run; the defaults are sized for a CPU.
 
-    objective: gvsl; or one of its ablations: restoration alone (Models Genesis), matching alone, no affine head.
+    objective: gvsl; or one of its ablations: restoration alone (Models Genesis), matching alone, no affine head; or
+        gemini, which matches both ways without an affine head and takes a second update of each step to restore.
+    backbone: unet; or xmorpher, whose width is a multiple of 16, and whose images see each other in no pass
+        (pair_mode self), in all (cross), or in half of them (mixed), where two are matched, except by gemini; where
+        weights are used or validated an image is alone. window: of its attention, default 2 tokens.
     crop: voxels of `spacing_mm` an axis, (D, H, W), or (H, W) for films.
+    unit: of the scans: "HU" (the default) or "arbitrary" (MR); of films "grey" (the default) or "arbitrary".
     batch_size: pairs a process and forward pass; accumulate: forward passes a step.
     synthetic_share: share of pairs from synthetic anatomy while scans are given too; without scans all are synthetic.
     ramp_steps: over these the task hardens: synthetic subjects go from alike to fully varied, and scans come in.
-    damage_share: share of pairs whose fixed image is damaged; the others are matched and restored as they are.
+    damage_share: share of pairs whose fixed image is damaged; the others are matched and restored as they are. GEMINI
+        matches all as they are, and restores all.
+    ncc, smoothness, restoration, deformation, positive: weights of the terms, in units of the paper's: all 1 in GVSL
+        (He et al. 2023, sec. 3.1), `losses.GEMINI_WEIGHTS` in GEMINI, which alone has the last two.
     ema: decay of the averaged weights, which are then the ones that are kept; 0 for none.
     displacement, affine, contrast: weights of what synthetic pairs can teach besides, whose anatomy is known.
     """
 
     objective: Objective = "gvsl"
     ndim: int = 3
+    backbone: Architecture = "unet"
     width: int = 8
+    window: int | None = None
+    pair_mode: PairMode = "mixed"
     affine_width: int | None = 48
     crop: tuple[int, ...] = (48, 48, 48)
     spacing_mm: float = 4.0
+    unit: Unit | None = None
     batch_size: int = 1
     accumulate: int = 1
     synthetic_share: float = 0.5
@@ -65,6 +81,8 @@ class PretrainConfig(RunConfig):
     ncc: float = 1.0
     smoothness: float = 1.0
     restoration: float = 1.0
+    deformation: float = 1.0
+    positive: float = 1.0
     displacement: float = 0.0
     affine: float = 0.0
     contrast: float = 0.0
@@ -79,10 +97,15 @@ class PretrainConfig(RunConfig):
     def __post_init__(self) -> None:
         for wrong, what in (
             (self.objective not in get_args(Objective), f"objective {self.objective!r}"),
+            (self.backbone not in get_args(Architecture), f"backbone {self.backbone!r}"),
+            (self.pair_mode not in get_args(PairMode), f"pair_mode {self.pair_mode!r}"),
+            (self.backbone == "unet" and self.window is not None, f"window {self.window} with a U-Net"),
             (self.ndim != len(self.crop) or min(self.crop) < 16, f"crop {self.crop} with ndim {self.ndim}"),
             (min(self.steps, self.batch_size, self.accumulate, self.save_every, self.keep_last) < 1, "a count below 1"),
             (not 0 <= self.ema < 1, f"ema {self.ema}"),
             (not 0 <= self.synthetic_share <= 1, f"synthetic_share {self.synthetic_share}"),
+            (self.unit not in (None, *UNITS.get(self.ndim, ())), f"unit {self.unit!r} with ndim {self.ndim}"),
+            (self.objective == "gemini" and self.known, "displacement, affine or contrast with objective 'gemini'"),
         ):
             if wrong:
                 raise ArgumentError(f"{what} in the settings of a run", "see gvsl_zoo.pretrain.config.PretrainConfig")
@@ -92,6 +115,28 @@ class PretrainConfig(RunConfig):
         """Whether a term needs the known anatomy of synthetic pairs."""
         return max(self.displacement, self.affine, self.contrast) > 0
 
+    @property
+    def cross_share(self) -> float:
+        """Share of forward passes in which two images see each other."""
+        pairs = self.backbone == "xmorpher" and self.objective not in ("restoration", "gemini")
+        return {"self": 0.0, "mixed": 0.5, "cross": 1.0}[self.pair_mode] if pairs else 0.0
+
+    @property
+    def scan_unit(self) -> Unit:
+        """What the scans are measured in."""
+        return self.unit or UNITS[self.ndim][0]
+
+
+GEMINI_RECIPE: dict[str, Any] = {  # He et al. 2025
+    "objective": "gemini",
+    "width": 32,
+    "affine_width": None,
+    "synthetic_share": 0.0,
+    "ramp_steps": 0,
+    "learning_rate": 1e-4,
+    "clip_norm": 1e9,  # never
+    "save_every": 2000,
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "nano": {},
@@ -115,7 +160,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ema": 0.999,
         "save_every": 2000,
     },
+    "gemini-brain": GEMINI_RECIPE | {"unit": "arbitrary", "crop": (128, 128, 128), "spacing_mm": 1.0},
+    "gemini-xray": GEMINI_RECIPE | {"ndim": 2, "crop": (512, 512), "spacing_mm": 0.75, "batch_size": 5},
 }
+XMORPHER_WIDTH = {8: 16, 16: 32, 32: 48}  # whose local features are as wide as those of the U-Net of that width
 FILMS: dict[str, Any] = {"ndim": 2, "crop": (256, 256), "spacing_mm": 1.5}  # what a preset becomes with ndim 2
 
 
@@ -123,9 +171,13 @@ def settings_of(preset: str, steps: int, named: dict[str, Any], others: tuple[st
     """The settings of a preset with changes: `named` ones (None leaves the preset's; `crop` may be one number for all
     axes) and `others` as text, "name=value".
     """
-    values = PRESETS[preset] | (FILMS if named.get("ndim") == 2 else {})
-    values |= {key: value for key, value in named.items() if value is not None}
-    values |= parse_settings(others)
+    values = PRESETS[preset]
+    if named.get("ndim") == 2 and values.get("ndim") != 2:
+        values = values | FILMS
+    changes = {key: value for key, value in named.items() if value is not None} | parse_settings(others)
+    if changes.get("backbone") == "xmorpher":
+        values = values | {"width": XMORPHER_WIDTH[values.get("width", 8)]}
+    values = values | changes
     if isinstance(values.get("crop"), int):
         values["crop"] = (values["crop"],) * values.get("ndim", 3)
     return PretrainConfig.from_dict({"steps": steps} | values)

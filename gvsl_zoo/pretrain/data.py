@@ -241,7 +241,10 @@ def open_data(data: str, config: PretrainConfig, out: Path | None) -> PairSource
         if out is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
             cause = "several processes start" if out else "a dry run writes none"
             raise ArgumentError(f"{data} is no store, and {cause}", "run gvsl-zoo prepare first")
-        unit = "HU" if config.ndim == 3 else "grey"
-        prepare_store(Path(data), out / "store", spacing_mm=config.spacing_mm, unit=unit, ndim=config.ndim)
+        prepare_store(Path(data), out / "store", spacing_mm=config.spacing_mm, unit=config.scan_unit, ndim=config.ndim)
         data = str(out / "store")
-    return StorePairs(Store(data), config.crop, config.spacing_mm)
+    store = Store(data)
+    if store.ndim == config.ndim and store.unit != config.scan_unit:
+        cause = f"a store of the unit {store.unit!r} for a run on {config.scan_unit!r}"
+        raise ArgumentError(cause, f"say it: --set unit={store.unit}")
+    return StorePairs(store, config.crop, config.spacing_mm)

@@ -20,40 +20,57 @@ CITATION = (
     "He et al., Geometric Visual Similarity Learning in 3D Medical Image Self-supervised Pre-training, CVPR 2023, "
     "arXiv:2303.00874"
 )
+GEMINI_CITATION = (
+    "He et al., Homeomorphism Prior for False Positive and Negative Problem in Medical Image Dense Contrastive "
+    "Representation Learning (GEMINI), IEEE TPAMI 2025, doi:10.1109/TPAMI.2025.3540644, arXiv:2502.05282"
+)
+XMORPHER_CITATION = (
+    "; Shi et al., XMorpher: Full Transformer for Deformable Medical Image Registration via Cross Attention, "
+    "MICCAI 2022, arXiv:2206.07349"
+)
 LIMITS = "Research only, not a medical device. Measured on synthetic pairs alone."
 UNTRAINED = {  # what an objective leaves out
     "gvsl": "",
     "restoration": " The affine and deformable heads were not trained.",
     "matching": " The restoration head was not trained.",
     "no-affine": " The affine head was not trained and gives the identity.",
+    "gemini": "",
+}
+INTENSITY = {  # what the inputs were, by the unit of the scans
+    "HU": {"unit": "HU", "window": [-1024, 1024], "scale": [0, 1]},
+    "grey": {"unit": "grey", "window": [0, 255], "scale": [0, 1]},
+    "arbitrary": {"unit": "arbitrary", "window": [None, None], "scale": [0, 1]},
 }
 
 
 def describe(config: PretrainConfig, name: str, model: nn.Module) -> ModelEntry:
     """The entry that the run's weights carry, from its settings alone."""
-    settings = ", ".join(f"{key} {value}" for key, value in asdict(config).items() if key != "steps")
+    values = asdict(config) | {"pair_mode": config.pair_mode if config.cross_share else "self"}
+    settings = ", ".join(f"{key} {value}" for key, value in values.items() if key != "steps")
     words = "-".join(re.findall("[a-z0-9]+", name.lower())) or "run"
     axes = {"axes": "zyx", "spacing_mm": [config.spacing_mm] * 3, "orientation": "RAS"}
-    hu = {"unit": "HU", "window": [-1024, 1024], "scale": [0, 1]}
-    grey = {"unit": "grey", "window": [0, 255], "scale": [0, 1]}
+    gemini = config.objective == "gemini"
+    family = "gemini" if gemini else "gvsl"
     model_config: dict[str, Any] = {"ndim": config.ndim, "width": config.width}
-    if config.affine_width:
+    if config.window:
+        model_config["window"] = config.window
+    if config.affine_width and not gemini:
         model_config["affine_width"] = config.affine_width
     return ModelEntry.from_dict(
         {
-            "name": f"gvsl-{words}",
+            "name": f"{family}-{words}",
             "summary": f"A pre-training run of gvsl-zoo: objective {config.objective}, {config.steps} steps.",
             "status": "available",
-            "architecture": "unet",
+            "architecture": config.backbone,
             "config": model_config,
             "ndim": config.ndim,
-            "modality": "CT" if config.ndim == 3 else "X-ray",
-            "objective": "gvsl",
+            "modality": "X-ray" if config.ndim == 2 else "CT" if config.scan_unit == "HU" else "MR",
+            "objective": family,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "input": (axes if config.ndim == 3 else {"axes": "yx"}) | {"intensity": hu if config.ndim == 3 else grey},
-            "heads": ["affine", "deformable", "restoration"],
+            "input": (axes if config.ndim == 3 else {"axes": "yx"}) | {"intensity": INTENSITY[config.scan_unit]},
+            "heads": ["deformer", "restoration"] if gemini else ["affine", "deformable", "restoration"],
             "licence": {"code": "Apache-2.0", "weights": "not stated", "data": "not stated"},
-            "citation": CITATION,
+            "citation": (GEMINI_CITATION if gemini else CITATION) + XMORPHER_CITATION * (config.backbone == "xmorpher"),
             "training": {"recipe": settings, "data": "not stated", "steps": config.steps},
             "limits": LIMITS + UNTRAINED[config.objective],
         }

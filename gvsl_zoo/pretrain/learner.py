@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -73,21 +73,26 @@ class Learner(Generic[Model]):
         return self.model if self.averaged is None else self.averaged
 
     def steps(
-        self, forward_backward: Callable[[int], Mapping[str, Tensor]], first: int, config: RunConfig, stop: Stop
+        self,
+        forward_backward: Callable[[int], Iterable[Mapping[str, Tensor]]],
+        first: int,
+        config: RunConfig,
+        stop: Stop,
     ) -> Iterator[Taken]:
         """Take the steps from `first` to the end, or to where any process is asked to stop; yield each in its turn.
 
         On CUDA a step is yielded while the next one runs, but not one whose weights are to be saved.
 
         Args:
-            forward_backward: leaves the gradients of a step; gives the terms of its loss, on the device.
+            forward_backward: for each update of a step, leaves its gradients and gives the terms of its loss, on the
+                device; only then comes the next one.
 
-        Raises: TrainingError for a loss or gradient that is not finite. The weights are then those before that step.
+        Raises: TrainingError for a loss or gradient that is not finite. The weights are then those before that update.
         """
         unread: deque[Callable[[], tuple[Record, bool]]] = deque()
         stopping, started = False, time.perf_counter()
         for step in range(first, config.steps):
-            unread.append(self._update(forward_backward(step), step, stop.asked))
+            unread.append(self._update(forward_backward(step), step, stop))
             last = step + 1 == config.steps
             saving = last or (step + 1) % config.save_every == 0
             while len(unread) > (0 if saving else BEHIND.get(self.accelerator.device.type, 0)):
@@ -101,33 +106,41 @@ class Learner(Generic[Model]):
             if stopping:
                 return
 
-    def _update(self, terms: Mapping[str, Tensor], step: int, stop: bool) -> Callable[[], tuple[Record, bool]]:
-        """Queue the rest of a step; what is returned waits for its numbers, and says whether any process is to stop."""
-        norm = nn.utils.clip_grad_norm_(self.task.parameters(), self.clip_norm)
-        numbers = torch.stack([*terms.values(), norm, norm.new_full((), float(stop))]).detach()
-        numbers = self.accelerator.reduce(numbers, "mean")
-        self.spoilt.masked_fill_(~numbers.isfinite().all(), 1.0)
-        arrived = copied(numbers)
+    def _update(
+        self, updates: Iterable[Mapping[str, Tensor]], step: int, stop: Stop
+    ) -> Callable[[], tuple[Record, bool]]:
+        """Queue a step; what is returned waits for its numbers, and says whether any process is to stop."""
+        names: list[str] = []
+        parts: list[Callable[[], list[float]]] = []
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * self.rate(step)
-        self.optimizer.found_inf = self.spoilt  # type: ignore[attr-defined]  # as torch.amp.GradScaler hands it over
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for terms in updates:
+            norm = nn.utils.clip_grad_norm_(self.task.parameters(), self.clip_norm)
+            numbers = torch.stack([*terms.values(), norm, norm.new_full((), float(stop.asked))]).detach()
+            numbers = self.accelerator.reduce(numbers, "mean")
+            self.spoilt.masked_fill_(~numbers.isfinite().all(), 1.0)
+            names += terms
+            parts.append(copied(numbers))
+            self.optimizer.found_inf = self.spoilt  # type: ignore[attr-defined]  # as torch.amp.GradScaler hands it over
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         if self.averaged is not None:
             new = 1 - self.ema if step else 1.0
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), new)
 
         def read() -> tuple[Record, bool]:
-            *values, gradient, asked = arrived()
-            loss = sum(values)
+            numbers = [part() for part in parts]
+            values = [value for *terms, _, _ in numbers for value in terms]
+            loss, gradient = sum(values), math.hypot(*(norm for *_, norm, _ in numbers))
             if not (math.isfinite(loss) and math.isfinite(gradient)):
                 raise TrainingError(
                     f"loss became {loss} and its gradient {gradient} at step {step + 1}",
                     "the checkpoints are from before and good; lower the learning rate",
                 )
-            by_name = dict(zip(terms, values, strict=True))
-            return {"step": step + 1, "loss": loss} | by_name | {"gradient": gradient}, asked > 0
+            by_name = dict(zip(names, values, strict=True))
+            asked = any(asked > 0 for *_, asked in numbers)
+            return {"step": step + 1, "loss": loss} | by_name | {"gradient": gradient}, asked
 
         return read
 
@@ -225,6 +238,7 @@ def drawn(
         collate_fn=list,
         pin_memory=device.type == "cuda",
         worker_init_fn=partial(outlast_signals, ended),
+        generator=torch.Generator(),  # its own: a step's draws do not depend on which step was the first
     )
     batches = zip(numbers, loader, strict=True)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..models.backbone import Backbone
+from ..models.gemini import GEMINI, WholeModule
 from ..models.gvsl import GVSL
 from ..models.unet import UNet
+from ..models.xmorpher import XMorpher
 from ..registry import ModelEntry
 from ..report import curves_picture
 from .config import PretrainConfig
 from .data import Numbers, Pair, Pairs, PairSource, seeded
 from .entry import describe, finish
 from .learner import Learner, Record, Stop, Taken, drawn, make_accelerator, schedule, stop_signals
-from .objective import Pretraining, make_batch
+from .objective import Batch, make_batch, tasks_of
 from .run import LOG, Run, State, last_record
 from .validate import draw_validation, validate
 
@@ -38,10 +41,10 @@ def pretrain(
     *,
     device: str = "auto",
     workers: int = 0,
-    init: GVSL | None = None,
+    init: WholeModule | None = None,
     progress: Callable[[Record], None] | None = None,
-) -> GVSL:
-    """Train GVSL on synthetic anatomy and, if given, on real scans; return the module, in evaluation mode.
+) -> WholeModule:
+    """Train GVSL or GEMINI on synthetic anatomy and, if given, real scans; return the module, in evaluation mode.
 
     One process, or one of several that `torchrun` or `accelerate launch` started. A run whose folder holds a checkpoint
     goes on from it: on the CPU bit for bit.
@@ -67,7 +70,9 @@ def pretrain(
     with stop_signals() as stop, run.locked() if main else nullcontext():
         accelerator.wait_for_everyone()
         first = learner.restore(run.latest(), pairs_a_step)
-        task = accelerator.prepare(torch.compile(learner.task) if config.compile else learner.task)
+        tasks = [
+            accelerator.prepare(torch.compile(task) if config.compile else task) for task in learner.task.children()
+        ]
         with (
             closing(draw(config, real, first, workers, accelerator)) as batches,
             tensorboard(out, first) if main else nullcontext() as board,
@@ -75,7 +80,7 @@ def pretrain(
             journal = Journal(run, config, learner, entry, pairs_a_step, board, progress, stop)
             if main:
                 run.truncate_log(first)
-            take = partial(forward_backward, task, batches, config, accelerator)
+            take = partial(forward_backward, tasks, batches, config, accelerator)
             for taken in learner.steps(take, first, config, stop):
                 if main:
                     journal.note(taken)
@@ -102,36 +107,48 @@ def draw(
 
 
 def forward_backward(
-    task: torch.nn.Module,
+    tasks: Sequence[torch.nn.Module],
     batches: Iterator[tuple[list[int], list[Pair]]],
     config: PretrainConfig,
     accelerator: Any,
     step: int,
-) -> dict[str, Tensor]:
-    """Sum the gradients of a step's forward passes; return the means of the loss's terms, on the device."""
+) -> Iterator[dict[str, Tensor]]:
+    """For each task sum the gradients of a step's forward passes; yield the means of its terms, on the device."""
     device = accelerator.device
-    means: dict[str, Tensor] = {}
+    made: list[tuple[Batch, int]] = []
     torch.manual_seed(seeded("cpu", config.seed, 2, step, accelerator.process_index).initial_seed())
-    for forward in range(config.accumulate):
-        numbers, pairs = next(batches)
-        batch = make_batch(pairs, numbers, config, device)
-        last = forward == config.accumulate - 1
-        with nullcontext() if last else accelerator.no_sync(task):
-            terms = task(batch, seeded(device, config.seed, 3, numbers[0]))
-            shares = {name: term / config.accumulate for name, term in terms.items()}
-            accelerator.backward(sum(shares.values(), torch.zeros((), device=device)))
-        means = {name: means.get(name, 0.0) + share.detach() for name, share in shares.items()}
-    return means
+    for task in tasks:
+        means: dict[str, Tensor] = {}
+        for forward in range(config.accumulate):
+            if forward == len(made):
+                numbers, pairs = next(batches)
+                made.append((make_batch(pairs, numbers, config, device), numbers[0]))
+            batch, number = made[forward]
+            last = forward == config.accumulate - 1
+            with nullcontext() if last else accelerator.no_sync(task):
+                terms = task(batch, seeded(device, config.seed, 3, number))
+                shares = {name: term / config.accumulate for name, term in terms.items()}
+                accelerator.backward(sum(shares.values(), torch.zeros((), device=device)))
+            means = {name: means.get(name, 0.0) + share.detach() for name, share in shares.items()}
+        yield means
 
 
 # --- What is trained ----------------------------------------------------------------------------------------
 
 
-def build(config: PretrainConfig, init: GVSL | None) -> GVSL:
+def build(config: PretrainConfig, init: WholeModule | None) -> WholeModule:
     """The module of a run, drawn from its seed, or a copy of `init`."""
     generator = torch.Generator().manual_seed(config.seed)
-    unet = UNet(config.ndim, config.width, generator=generator)
-    model = GVSL(unet, affine_width=config.affine_width, generator=generator)
+    backbone: Backbone
+    if config.backbone == "xmorpher":
+        backbone = XMorpher(config.ndim, config.width, window=config.window or 2, generator=generator)
+    else:
+        backbone = UNet(config.ndim, config.width, generator=generator)
+    model: WholeModule
+    if config.objective == "gemini":
+        model = GEMINI(backbone, generator=generator)
+    else:
+        model = GVSL(backbone, affine_width=config.affine_width, generator=generator)
     if init is not None:
         ours, theirs = ({name: t.shape for name, t in m.state_dict().items()} for m in (model, init))
         if ours != theirs:
@@ -143,9 +160,9 @@ def build(config: PretrainConfig, init: GVSL | None) -> GVSL:
     return model
 
 
-def make_learner(model: GVSL, config: PretrainConfig, accelerator: Any) -> Learner[GVSL]:
-    """The module on its device, with the paper's optimizer."""
-    task = Pretraining(model, config).to(accelerator.device).train()
+def make_learner(model: WholeModule, config: PretrainConfig, accelerator: Any) -> Learner[WholeModule]:
+    """The module on its device, with the paper's optimizer, one for all tasks."""
+    task = torch.nn.ModuleList(tasks_of(model, config)).to(accelerator.device).train()
     task.to(memory_format=torch.channels_last_3d if config.ndim == 3 else torch.channels_last)  # type: ignore[call-overload]
     model.unet.set_grad_checkpointing(config.checkpointing)
     trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
@@ -169,7 +186,7 @@ class Journal:
 
     run: Run
     config: PretrainConfig
-    learner: Learner[GVSL]
+    learner: Learner[WholeModule]
     entry: ModelEntry
     pairs_a_step: int
     board: Any
@@ -197,7 +214,7 @@ class Journal:
             self.progress(record)
 
 
-def validated(model: GVSL, config: PretrainConfig, hurried: Callable[[], bool]) -> Record:
+def validated(model: WholeModule, config: PretrainConfig, hurried: Callable[[], bool]) -> Record:
     model.eval()
     numbers = validate(model, config, hurried)
     model.train()
@@ -213,7 +230,7 @@ def tensorboard(out: Path, first: int) -> AbstractContextManager[Any]:
     return SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
 
 
-def draw_run(model: GVSL, config: PretrainConfig, out: Path) -> None:
+def draw_run(model: WholeModule, config: PretrainConfig, out: Path) -> None:
     """Renew curves.png and pair.png, where matplotlib is installed."""
     if find_spec("matplotlib") is None:
         return

@@ -8,14 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..losses import local_ncc_loss, restoration_loss, smoothness_loss
+from ..losses import GEMINI_WEIGHTS, gemini_terms, local_ncc_loss, restoration_loss, smoothness_loss
 from ..models.backbone import Features
+from ..models.gemini import GEMINI, WholeModule
 from ..models.gvsl import GVSL
 from ..spatial import affine_coordinates, compose, identity_grid, warp
 from .augment import apply_pose, damage, moved, sample_pose
 from .config import PretrainConfig
 from .data import Pair, seeded
 
+DAMAGED_SHARE = {"matching": 0.0, "gemini": 1.0}  # of pairs, by the objectives for which it is no setting
 CONTRAST_POINTS = 256  # voxels of each image whose match is sought among the others
 CONTRAST_TEMPERATURE = 0.1
 MATCHED_VOXELS = 1.0  # a point's match lies nearer than this, or it has none
@@ -26,6 +28,7 @@ class Batch(NamedTuple):
 
     fixed, damaged, moving: (B, 1, *crop). anatomy_fixed, anatomy_moving: (B, n + 1, *crop), where each voxel lies in
     the common anatomy, in voxels, and a last channel that is 1 where that is known; (B, 0, *crop) if nobody asks.
+    cross: whether the images see each other.
     """
 
     fixed: Tensor
@@ -33,6 +36,7 @@ class Batch(NamedTuple):
     moving: Tensor
     anatomy_fixed: Tensor
     anatomy_moving: Tensor
+    cross: bool = False
 
 
 def make_batch(pairs: list[Pair], numbers: list[int], config: PretrainConfig, device: torch.device) -> Batch:
@@ -46,11 +50,20 @@ def make_batch(pairs: list[Pair], numbers: list[int], config: PretrainConfig, de
             images = torch.cat([images, moved(pair.anatomy, device), known], 1)
         fixed, moving = apply_pose(images, sample_pose(config.crop, generator, device=device)).split(1)
         image = fixed[:, :1]
-        share = 0.0 if config.objective == "matching" else config.damage_share
+        share = DAMAGED_SHARE.get(config.objective, config.damage_share)
         damaging = float(torch.rand(1, generator=generator)) < share
         damaged = damage(image, generator) if damaging else image
-        rows.append(Batch(image, damaged, moving[:, :1], fixed[:, 1:], moving[:, 1:]))
-    return Batch(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
+        rows.append((image, damaged, moving[:, :1], fixed[:, 1:], moving[:, 1:]))
+    cross = float(torch.rand(1, generator=seeded("cpu", config.seed, 4, numbers[0]))) < config.cross_share
+    fixed, damaged, moving, *anatomies = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    return Batch(fixed, damaged, moving, anatomies[0], anatomies[1], cross)
+
+
+def tasks_of(model: WholeModule, config: PretrainConfig) -> list[nn.Module]:
+    """What a step does one after the other, a module and an update each; all are called like `Pretraining`."""
+    if isinstance(model, GEMINI):
+        return [GeminiMatching(model, config), GeminiRestoration(model, config)]
+    return [Pretraining(model, config)]
 
 
 class Pretraining(nn.Module):
@@ -86,7 +99,7 @@ class Pretraining(nn.Module):
                 local = model.unet.forward_features(batch.damaged).local
                 restored = model.restore(local)
             else:
-                f_fixed, f_moving = model.features(batch.damaged, batch.moving)
+                f_fixed, f_moving = model.features(batch.damaged, batch.moving, cross=batch.cross)
                 affine, flow = model.match(f_fixed, f_moving)
                 if self.restores:
                     restored = model.restore(f_fixed.local)
@@ -121,6 +134,39 @@ class Pretraining(nn.Module):
             pairs = (f_fixed.local, f_moving.local, batch.anatomy_fixed, batch.anatomy_moving)
             terms["contrast"] = config.contrast * contrast_loss(*pairs, generator)
         return terms
+
+
+class GeminiMatching(nn.Module):
+    """The first update of GEMINI's step: two undamaged images are matched both ways.
+
+    Its parameters are those that learn from it, of which a parallel wrapper expects all gradients.
+    """
+
+    def __init__(self, model: GEMINI, config: PretrainConfig) -> None:
+        super().__init__()
+        self.unet, self.deformer = model.unet, model.deformer
+        self.match, self.warp, self.config = model.forward, model.warp, config
+
+    def forward(self, batch: Batch, _generator: torch.Generator) -> dict[str, Tensor]:
+        with torch.autocast(batch.fixed.device.type, torch.bfloat16, enabled=self.config.bf16):
+            match = self.match(batch.fixed, batch.moving)
+        terms = gemini_terms(batch.fixed, batch.moving, *match, resample=self.warp)._asdict()
+        return {name: getattr(self.config, name) * GEMINI_WEIGHTS[name] * term for name, term in terms.items()}
+
+
+class GeminiRestoration(nn.Module):
+    """The second update of GEMINI's step: the first image is restored from its damaged copy."""
+
+    def __init__(self, model: GEMINI, config: PretrainConfig) -> None:
+        super().__init__()
+        self.unet, self.res_conv = model.unet, model.res_conv
+        self.restore, self.config = model.restore, config
+
+    def forward(self, batch: Batch, _generator: torch.Generator) -> dict[str, Tensor]:
+        with torch.autocast(batch.fixed.device.type, torch.bfloat16, enabled=self.config.bf16):
+            restored = self.restore(batch.damaged)
+        weight = self.config.restoration * GEMINI_WEIGHTS["restoration"]
+        return {"restoration": weight * restoration_loss(restored, batch.fixed)}
 
 
 def known_error(anatomy_fixed: Tensor, anatomy_moving: Tensor, displacement: Tensor) -> Tensor:

@@ -31,7 +31,9 @@ from torch import Tensor
 
 from .. import __version__
 from ..cache import sha256_of
+from ..cluster import connect
 from ..errors import ArgumentError, VolumeError, listed
+from ..film import read_pixels, resized
 from ..volume import InputWarning, Preprocessing, dicom_files, is_dicom, prepare, read_volume
 from ..weights import write_whole
 from .store import ENTRY, RANGES, VOXEL, Folder, Format, format_facts, read_format, read_names, shard_path
@@ -89,6 +91,7 @@ def prepare_store(
     spacing_mm: float | None = 1.0,
     unit: str = "HU",
     ndim: int = 3,
+    size: int | None = None,
     table: str | os.PathLike[str] | None = None,
     workers: int = 1,
     cluster: str | None = None,
@@ -101,10 +104,11 @@ def prepare_store(
     maps that lie among the scans would become volumes, with a doubt noted: choose the scans with a table.
 
     Args:
-        source: a folder of .nii, .nii.gz and DICOM series (a folder each); of .png in 2D.
+        source: a folder of .nii, .nii.gz and DICOM series (a folder each); in 2D of .png and DICOM files (a film each).
         out: the store, new or of the same format; with a cluster, both are folders that all its machines share.
         spacing_mm: isotropic, of the training grid; None keeps each scan's own. Films always keep theirs.
-        unit: "HU" or "arbitrary" (MR); in 2D "grey" or "arbitrary" (16 bits).
+        unit: "HU" or "arbitrary" (MR); in 2D "grey" or "arbitrary" (more than 8 bits).
+        size: pixels an axis that films are resized to; None keeps each film's own.
         table: a CSV file with the columns path (below `source`), subject and stratum, that chooses the files. The
             last two may be missing or empty: a subject of its own, and one stratum "" of which all may be paired.
         workers: processes, of one thread each.
@@ -117,12 +121,12 @@ def prepare_store(
     """
     began = time.perf_counter()
     folder, store = Path(source).resolve(), Path(out).resolve()
-    format = Format(ndim, unit, spacing_mm if ndim == 3 else None)
+    format = Format(ndim, unit, spacing_mm if ndim == 3 else None, size)
     if workers < 1 or not 0 <= most_bad <= 1:
         raise ArgumentError(f"workers {workers}, most_bad {most_bad}", "give at least 1, and a share from 0 to 1")
     found, bad = _find(folder, ndim, store)
     if not found and not bad:
-        kinds = ".nii, .nii.gz or DICOM file" if ndim == 3 else ".png file"
+        kinds = ".nii, .nii.gz or DICOM file" if ndim == 3 else ".png or DICOM file"
         raise ArgumentError(f"{str(folder)!r} holds no {kinds}", "give the folder of the scans")
     chosen, absent = _chosen(found, table)
     if table is not None:
@@ -219,7 +223,7 @@ def _find(folder: Path, ndim: int, store: Path) -> tuple[dict[str, _State], dict
         names = [name for name in names if name[0] != "."]
         suffixes = (".nii", ".nii.gz") if ndim == 3 else (".png",)
         for name in names:
-            if name.lower().endswith(suffixes):
+            if name.lower().endswith(suffixes) or (ndim == 2 and is_dicom(here / name)):
                 note(here / name)
         if ndim == 3 and any(is_dicom(here / name) for name in names):
             note(here)
@@ -327,15 +331,7 @@ def _executor(workers: int, cluster: str | None) -> Iterator[tuple[Executor, int
         with ProcessPoolExecutor(workers, context, _end_with_parent) as executor:
             yield executor, 4 * workers
         return
-    try:
-        from distributed import Client
-    except ImportError:
-        raise ArgumentError("a cluster needs dask", "pip install 'gvsl-zoo[cluster]'") from None
-    try:
-        client = Client(cluster, timeout=30)
-    except (OSError, ValueError) as error:
-        raise VolumeError(f"no cluster at {cluster!r}: {error}", "start 'dask scheduler' and 'dask worker'") from None
-    with client, client.get_executor(pure=False) as executor:
+    with connect(cluster) as client, client.get_executor(pure=False) as executor:
         yield executor, max(16, 4 * sum(client.nthreads().values()))
 
 
@@ -383,10 +379,11 @@ def _read(path: Path, format: Format) -> tuple[np.ndarray, Record]:
     spacing = (0.0, 0.0, 0.0)
     notes: tuple[str, ...] = ()
     if format.ndim == 2:
-        source = read_film(path, format.unit)
+        source = read_pixels(path, format.unit)
         lowest, highest = float(source.min()), float(source.max())
         low, high = (0.0, 255.0) if format.unit == "grey" else (lowest, highest)
         image = torch.from_numpy(source.astype(np.float32))[None].sub_(low).div_(max(high - low, 1))  # (1, H, W)
+        image = resized(image, (format.size,) * 2 if format.size else None)
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", InputWarning)
@@ -409,26 +406,6 @@ def _stored(image: Tensor, unit: str) -> np.ndarray:
     """[0, 1] -> the range of the numbers stored; the image is used up."""
     low, high = RANGES[unit]
     return image.mul_(high - low).add_(low).round_().to(torch.int16).numpy().astype(VOXEL, copy=False)
-
-
-def read_film(path: Path, unit: str) -> np.ndarray:
-    """A grey picture, (H, W); colours are taken if all three are the same."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise VolumeError("a .png file needs Pillow", "pip install 'gvsl-zoo[io]'") from None
-    with Image.open(path, formats=["PNG"]) as image:
-        image.verify()  # checksums, which reading alone passes over
-    with Image.open(path, formats=["PNG"]) as image:
-        wide = image.mode.startswith("I")  # 16 bits
-        pixels = np.asarray(image if wide else image.convert("RGB"))
-    if wide:
-        if unit == "grey":
-            raise VolumeError("a picture of 16 bits", "choose the unit 'arbitrary'")
-        return pixels
-    if (pixels != pixels[..., :1]).any():
-        raise VolumeError("a picture in colour", "give grey films")
-    return pixels[..., 0]
 
 
 # --- Writing ------------------------------------------------------------------------------------------------------

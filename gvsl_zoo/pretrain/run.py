@@ -19,7 +19,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,8 +73,9 @@ class Run:
     def _check_settings(self) -> None:
         path, given = self.folder / SETTINGS, asdict(self.config)
         if path.exists():
-            before = _read_json(path)
-            given = json.loads(json.dumps(given))
+            defaults = {field.name: field.default for field in fields(self.config) if field.default is not MISSING}
+            given, before = (json.loads(json.dumps(values)) for values in (given, defaults))
+            before |= _read_json(path)  # an earlier version knew fewer
             changed = {key: (before.get(key), value) for key, value in given.items() if before.get(key) != value}
             if changed:
                 listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())

@@ -61,11 +61,13 @@ class Format:
         ndim: 3, volumes (D, H, W), or 2, films (H, W).
         unit: "HU" or "arbitrary" (MR) in 3D; "grey" (8 bits) or "arbitrary" in 2D.
         spacing_mm: isotropic; None where each volume keeps its own, as films do.
+        size: pixels along both axes of every film; None where each keeps its own shape, as volumes do.
     """
 
     ndim: int
     unit: str
     spacing_mm: float | None
+    size: int | None = None
 
     def __post_init__(self) -> None:
         units = {3: ("HU", "arbitrary"), 2: ("grey", "arbitrary")}.get(self.ndim)
@@ -75,6 +77,8 @@ class Format:
             raise ArgumentError(f"unit {self.unit!r} with ndim {self.ndim}", f"give {' or '.join(units)}")
         if self.spacing_mm is not None and (self.ndim == 2 or not 0 < self.spacing_mm < math.inf):
             raise ArgumentError(f"spacing_mm {self.spacing_mm}", "give positive millimetres, or None (always in 2D)")
+        if self.size is not None and (self.ndim == 3 or self.size < 1):
+            raise ArgumentError(f"size {self.size} with ndim {self.ndim}", "give 1 or more, or None (always in 3D)")
 
 
 class Store:
@@ -236,7 +240,7 @@ def read_format(files: Folder | Bucket) -> Format:
         facts: dict[str, Any] = json.loads(files.read("store.json"))
         if facts["version"] > VERSION:
             raise VolumeError(f"the store {str(files)!r} has version {facts['version']}", "upgrade gvsl-zoo")
-        return Format(facts["ndim"], facts["unit"], facts["spacing_mm"])
+        return Format(facts["ndim"], facts["unit"], facts["spacing_mm"], facts.get("size"))
     except FileNotFoundError:
         raise VolumeError(f"{str(files)!r} is not a store: no store.json", "make one: 'gvsl-zoo prepare'") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -246,6 +250,7 @@ def read_format(files: Folder | Bucket) -> Format:
 def format_facts(format: Format, made_by: str) -> dict[str, Any]:
     """What goes into store.json."""
     facts = {"version": VERSION, "ndim": format.ndim, "unit": format.unit, "spacing_mm": format.spacing_mm}
+    facts |= {"size": format.size} if format.size else {}
     return facts | {"window": RANGES[format.unit], "made_by": made_by}
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from ..errors import ArgumentError, VolumeError, listed
+from ..film import read_film
 from ..registry import TRAINED_HEADS, Label
 from ..volume import Volume, read_volume
 
@@ -315,19 +316,6 @@ def read_labels(path: Path) -> Volume:
     if data.dtype.kind != "u" and data.min() < 0:
         raise VolumeError(f"{str(path)!r} holds the label {data.min():g}", "give labels from 0 on")
     return volume
-
-
-def read_film(path: Path) -> Volume:
-    """A grey PNG as a volume of one slice: i is the column, j the row, whatever millimetres they have."""
-    from ..pretrain.prepare import read_film as read_pixels
-
-    try:
-        pixels = read_pixels(path, "arbitrary")
-    except OSError as error:
-        raise VolumeError(f"{str(path)!r} cannot be read: {error}", "give a grey PNG file") from None
-    except VolumeError as error:
-        raise VolumeError(f"{str(path)!r}: {error.cause}", error.remedy) from None
-    return Volume(pixels.T[:, :, None], np.eye(4), path=path)
 
 
 def _values(cases: list[Case]) -> list[int]:

@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import ArgumentError, VolumeError, listed
+from ..film import read_film, resized
 from ..pretrain.augment import apply_pose, sample_pose
 from ..pretrain.data import seeded
 from ..registry import Input, Label
 from ..volume import InputWarning, Prepared, Preprocessing, Volume, prepare, read_volume
-from .cases import Case, read_film, read_labels
+from .cases import Case, read_labels
 from .config import FinetuneConfig
 
 MEMORY_BYTES = 4 * 2**30  # of prepared scans; those beyond lie in files without a name, which end with the process
@@ -154,13 +155,7 @@ def _films(case: Case, given: Input) -> tuple[Tensor, list[Volume], tuple[str, .
     )
     bottom, top = given.intensity.scale
     image = image.clamp_(low, high).sub_(low).mul_((top - bottom) / max(high - low, 1e-6)).add_(bottom)
-    return _resize(image, given.size), sources, ()
-
-
-def _resize(image: Tensor, size: tuple[int, ...] | None) -> Tensor:
-    if size is None or image.shape[1:] == size:
-        return image
-    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+    return resized(image, given.size), sources, ()
 
 
 def _classes(case: Case, sources: list[Volume], labels: tuple[Label, ...], complete: bool) -> Volume:
@@ -202,7 +197,7 @@ def _on_grid(classes: Volume, given: Input, shape: tuple[int, ...]) -> np.ndarra
     for k in np.unique(classes.data):
         mask = (classes.data == k).astype(np.uint8)
         if len(given.axes) == 2:
-            share = _resize(torch.from_numpy(mask[:, :, 0].T.astype(np.float32))[None], given.size)[0]
+            share = resized(torch.from_numpy(mask[:, :, 0].T.astype(np.float32))[None], given.size)[0]
         else:
             recipe = Preprocessing(given.spacing_mm, unit="arbitrary", window=(0.0, 1.0))  # type: ignore[arg-type]
             with warnings.catch_warnings():  # a mask that is 1 everywhere is no empty image

@@ -141,13 +141,14 @@ def forward_backward(
     config: FinetuneConfig,
     crop: Sequence[int],
     accelerator: Any,
-    _step: int,
-) -> dict[str, Tensor]:
-    """Leave the gradients of a step; return the terms of its loss, on the device."""
+    step: int,
+) -> Iterator[dict[str, Tensor]]:
+    """Leave the gradients of a step; yield the terms of its loss, on the device."""
     numbers, patches = next(batches)
+    torch.manual_seed(seeded("cpu", config.seed, 14, step, accelerator.process_index).initial_seed())  # of drop-path
     terms: dict[str, Tensor] = task(*make_batch(patches, numbers, config, crop, accelerator.device))
     accelerator.backward(sum(terms.values()))
-    return terms
+    yield terms
 
 
 # --- What is trained ----------------------------------------------------------------------------------------
@@ -182,7 +183,8 @@ def build(config: FinetuneConfig, num_classes: int, chans: int) -> HeadedModel:
         backbone.freeze()
     elif config.task == "classification":  # the decoder gets no gradient
         for level in backbone.levels[backbone.encoder_levels :]:
-            backbone.get_submodule(level.module).requires_grad_(False)
+            for parameter in backbone.level_parameters(level):
+                parameter.requires_grad_(False)
     return model
 
 
