@@ -221,7 +221,7 @@ def test_the_verdict_names_the_gain_with_its_interval_and_where_there_is_none():
 
 
 def test_the_verdict_does_not_flatter():
-    assert invented({1: 0.0, 3: 0.0}).verdicts == ["zoo, full: not shown to help here: no sure difference at 1, 3 scans"]
+    assert invented({1: 0.0, 3: 0.0}).verdicts == ["zoo, full: not shown to help: no sure difference at 1, 3 scans"]
     assert re.match(r"zoo, full: hurts by [78]\.\d \+- 1\.\d Dice at 3 scans$", invented({3: -8.0}).verdicts[0])
 
 

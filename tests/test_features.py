@@ -75,7 +75,7 @@ def test_one_window_gives_the_backbones_own_features() -> None:
     with torch.inference_mode():
         expected = model(prepare_for(scan, model).image)[0]
     out = features(scan, model, grid="model")
-    np.testing.assert_allclose(out.data, expected.permute(3, 2, 1, 0).numpy(), atol=3e-5)  # float32, other order of sums
+    np.testing.assert_allclose(out.data, expected.permute(3, 2, 1, 0).numpy(), atol=3e-5)  # sums in another order
 
 
 def test_a_gvsl_module_gives_the_features_of_its_backbone() -> None:

@@ -146,7 +146,7 @@ def test_the_wheel_holds_what_is_needed_and_no_more(wheel):
         names = archive.namelist()
     embedded = {f"gvsl_zoo/embedded/{path.name}" for path in (ROOT / "gvsl_zoo" / "embedded").iterdir()}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "gvsl_zoo").rglob("*.py")}
-    page = {str(path.relative_to(ROOT)) for path in (ROOT / "gvsl_zoo" / "view" / "page").glob("*")}  # where it is built
+    page = {str(path.relative_to(ROOT)) for path in (ROOT / "gvsl_zoo" / "view" / "page").glob("*")}  # if built
     assert embedded | modules | page | {"gvsl_zoo/weights_registry.yaml"} <= set(names)
     assert any(re.fullmatch(r"[^/]+\.dist-info/(licenses/)?LICENSE", name) for name in names)
     assert {name.split("/")[0] for name in names} == {"gvsl_zoo", f"gvsl_zoo-{gvsl_zoo.__version__}.dist-info"}

@@ -127,7 +127,7 @@ class Bench:
         ]
         unclear = scans(", ".join(str(row.count) for row in rows if row.effect == "unclear"))
         if not sure:
-            return f"not shown to help here: no sure difference at {unclear}"
+            return f"not shown to help: no sure difference at {unclear}"
         return ", ".join(sure) + (f"; no sure difference at {unclear}" if len(sure) < len(rows) else "")
 
     def lines(self) -> list[str]:
