@@ -11,6 +11,8 @@ import SimpleITK as sitk
 import torch
 from click.testing import CliRunner
 
+from benchmarks import register as bench
+from benchmarks.timing import RESULTS
 from gvsl_zoo import Volume, load, read_volume, write_volume
 from gvsl_zoo.cli import main
 from gvsl_zoo.errors import ArgumentError, VolumeError
@@ -19,7 +21,7 @@ from gvsl_zoo.inference.refine import Images, exponential, fit, fit_affine
 from gvsl_zoo.inference.register import lay_over, register
 from gvsl_zoo.pretrain.anatomy import LABELS, sample_subject
 from gvsl_zoo.spatial import affine_coordinates, identity_grid, jacobian_determinant, sample
-from gvsl_zoo.transforms import Grid, warp_volume
+from gvsl_zoo.transforms import LPS, Displacement, Grid, warp_volume, write_transform
 from gvsl_zoo.volume import prepare
 
 MM = 4.0
@@ -137,6 +139,7 @@ def test_another_orientation_and_spacing_of_the_moving_file_changes_little(heads
     assert np.abs(a - b).max() < 0.01
 
 
+@pytest.mark.slow
 def test_a_backbone_without_heads_registers_by_its_features(pair):
     (fixed, _), (moving, _) = pair
     found = register(moving, fixed, load("gvsl-unet-ct-nano"), refine=30)
@@ -149,6 +152,7 @@ def test_the_same_pair_gives_the_same_bits(heads, pair):
     assert np.array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_what_a_mask_leaves_out_does_not_count(heads, pair):
     (fixed, _), (moving, _) = pair
     mask = np.zeros(fixed.shape, np.uint8)
@@ -161,6 +165,27 @@ def test_what_a_mask_leaves_out_does_not_count(heads, pair):
         for scan in scans
     )
     assert abs(a.report["ncc_start"] - b.report["ncc_start"]) < 0.01
+
+
+@pytest.mark.slow
+def test_a_turned_and_shifted_header_is_undone(heads, pair):
+    scan = pair[0][0]
+    pose = bench.pose(np.radians([6.0, -8.0, 7.0]), np.array([30.0, -20.0, 80.0]))
+    found = register(Volume(scan.data, pose @ scan.affine), scan, heads, refine=30)
+    points = Grid.of(scan).points()[scan.data.ravel() > -500]
+    truth = points @ pose[:3, :3].T + pose[:3, 3]
+    assert np.median(np.linalg.norm(found.displacement_mm(points) - truth, axis=1)) < 0.25 * MM
+    assert np.median(np.linalg.norm(found.affine(points) - truth, axis=1)) < 0.5 * MM
+
+
+def test_simpleitk_sends_points_where_the_written_transform_does(heads, pair, tmp_path):
+    (fixed, _), (moving, _) = pair
+    found = register(moving, fixed, heads)
+    write_transform(found.displacement_mm, tmp_path / "transform.nii.gz")
+    theirs = sitk.DisplacementFieldTransform(sitk.ReadImage(str(tmp_path / "transform.nii.gz"), sitk.sitkVectorFloat64))
+    points = Grid.of(fixed).points((slice(1, -1, 7),) * 3) + 0.3 * MM
+    sent = np.array([theirs.TransformPoint(point) for point in (points @ LPS[:3, :3]).tolist()]) @ LPS[:3, :3]
+    assert np.linalg.norm(found.displacement_mm(points) - sent, axis=1).max() < 0.1 * MM
 
 
 # --- Bad input -----------------------------------------------------------------------------------------------------
@@ -241,6 +266,7 @@ def test_a_scan_that_is_its_own_atlas_keeps_its_labels(heads, pair):
     assert np.array_equal(segment_by_atlas(scan, [(scan, labels)], heads, refine=3).data, labels.data)
 
 
+@pytest.mark.slow
 def test_atlases_bring_more_of_the_labels_than_lie_there_already(heads, pair):
     (fixed, truth), atlas = pair
     found = segment_by_atlas(fixed, [atlas, subject(3)], heads, refine=45)
@@ -256,3 +282,43 @@ def test_atlases_without_labels_on_their_grid_are_refused(heads, pair):
         segment_by_atlas(scan, [(scan, Volume(labels.data[:-1], labels.affine))], heads)
     with pytest.raises(ArgumentError, match="nothing but background"):
         segment_by_atlas(scan, [(scan, Volume(np.zeros_like(labels.data), labels.affine))], heads)
+
+
+# --- The evidence --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def known():
+    return bench.synthetic_pair(0)
+
+
+def test_the_truth_of_a_synthetic_pair_brings_the_labels_onto_each_other(known):
+    grid = Grid.of(known.fixed)
+    points = grid.points().reshape(*grid.shape, 3)
+    seen = np.isfinite(known.truth_mm).all(-1)
+    truth = Displacement(np.where(seen[..., None], known.truth_mm - points, 0).astype(np.float32), grid)
+    agreement = [
+        (warp_volume(known.moving_labels, moved, grid, nearest=True).data == known.fixed_labels.data)[seen].mean()
+        for shift in (np.zeros(3), *(MM * np.eye(3)), *(-MM * np.eye(3)))
+        for moved in [Displacement(truth.field_mm + shift.astype(np.float32), grid)]
+    ]
+    assert agreement[0] > 0.85 and agreement[0] > max(agreement[1:]) + 0.02
+    assert bench.measure(known, lambda pair: truth)["error_mm"] < 1e-3
+
+
+def test_a_scan_measured_against_itself_by_the_identity_is_without_error(known):
+    same = bench.Pair("", "", known.fixed, known.fixed, *[known.fixed_labels] * 2, known.organs, MM)
+    row = bench.measure(same, bench.identity)
+    assert row["dice"] == 1 and row["folded"] == 0 and set(row["organs"].values()) == {1.0}
+
+
+def test_moments_undo_a_turn_and_a_shift(known):
+    pose = bench.pose(np.radians([6.0, -8.0, 7.0]), np.array([20.0, -30.0, 40.0]))
+    moved = Volume(known.fixed.data, pose @ known.fixed.affine)
+    pair = bench.Pair("", "", known.fixed, moved, known.fixed_labels, known.fixed_labels, known.organs, MM)
+    np.testing.assert_allclose(bench.moments(pair).matrix, pose, atol=1e-3)
+
+
+def test_the_page_holds_the_tables_of_the_measurements():
+    page = bench.PAGE.read_text()
+    assert bench.with_tables(page, json.loads((RESULTS / "register.json").read_text())) == page

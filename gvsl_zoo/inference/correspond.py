@@ -146,7 +146,7 @@ class Matcher:
         self._there: Transform
         self._back: Transform
         if start is None:
-            affine = _align(self.fixed, self.moving)
+            affine = align(self.fixed, self.moving)
             self._there = _refine(self.fixed, self.moving, affine)
             self._back = _refine(self.moving, self.fixed, affine.inverse())
         else:
@@ -199,7 +199,7 @@ class Matcher:
 
 
 @dataclass(frozen=True, eq=False)
-class _Described:
+class Described:
     """A scan and its features.
 
     body: (D, H, W) bool. maps: a level each, (C, d, h, w) float32, unit vectors; `steps` voxels of the model's grid
@@ -278,6 +278,12 @@ def match_table(table: PointTable, found: Correspondence) -> PointTable:
 # ---- features
 
 
+def describe(scan: Prepared, inside: Tensor, model: nn.Module, precision: str = "float32") -> Described:
+    """A scan with its features, standardised over `inside`, (D, H, W) bool."""
+    backbone = ready_copy(backbone_of(model))
+    return _describe(scan, inside, backbone, _windows(scan.shape, _stride(backbone)), precision, MAX_BYTES, None)
+
+
 def _stride(backbone: nn.Module) -> int:
     return max(STRIDE, backbone.stride) if isinstance(backbone, Backbone) else STRIDE
 
@@ -305,7 +311,7 @@ def _describe(
     precision: str,
     max_bytes: int,
     progress: Progress | None,
-) -> _Described:
+) -> Described:
     """A scan with every feature level, blended over the windows."""
     stride, device = _stride(backbone), device_of(backbone)
     behind = [stride * n - size - stride * MARGIN for n, size in zip(windows.shape, scan.shape, strict=True)]
@@ -330,7 +336,7 @@ def _describe(
             progress(done, len(windows))
     steps = tuple(stride * windows.shape[0] // level.shape[1] for level in maps)
     vectors = [_unit_vectors(level, step, inside, stride) for level, step in zip(maps, steps, strict=True)]
-    return _Described(scan, inside, tuple(vectors), steps)
+    return Described(scan, inside, tuple(vectors), steps)
 
 
 def _finer(box: Sequence[slice], factor: int) -> tuple[slice, ...]:
@@ -363,8 +369,8 @@ def _check_bytes(needed: int, max_bytes: int) -> None:
 # ---- the search, coarse to fine
 
 
-def _align(fixed: _Described, moving: _Described) -> Affine:
-    """The affine map on which blocks that are mutual nearest neighbours agree."""
+def align(fixed: Described, moving: Described, start: Affine | None = None) -> Affine:
+    """The affine map on which blocks that are mutual nearest neighbours agree; counted first from all, or a start."""
     edge = _edge(fixed, moving)
     (a, in_a), (b, in_b) = (scan.blocks(edge) for scan in (fixed, moving))
     a, b = a[in_a], b[in_b]
@@ -372,15 +378,14 @@ def _align(fixed: _Described, moving: _Described) -> Affine:
     missed = (a[back[there]] - a).norm(dim=1) / edge
     vote = torch.exp(-missed.square() / 2).double().numpy()
     points, targets = fixed.world(a), moving.world(b[there])
-    affine, weight = _fit_affine(points, targets, vote), vote
+    affine = start or _fit_affine(points, targets, vote)
     for scale in SCALES_MM:
         rest = np.linalg.norm(affine(points) - targets, axis=1)
-        weight = vote / (1 + (rest / scale) ** 2) ** 2
-        affine = _fit_affine(points, targets, weight)
+        affine = _fit_affine(points, targets, vote / (1 + (rest / scale) ** 2) ** 2)
     return affine
 
 
-def _edge(fixed: _Described, moving: _Described) -> int:
+def _edge(fixed: Described, moving: Described) -> int:
     """Voxels of a block: the fewest of 4, 8, 16, ... that make no more than `MOST_BLOCKS`."""
     voxels, edge = max(math.prod(scan.prepared.shape) for scan in (fixed, moving)), 4
     while voxels > MOST_BLOCKS * edge**3:
@@ -411,7 +416,7 @@ def _fit_affine(points: np.ndarray, targets: np.ndarray, weight: np.ndarray) -> 
     return Affine(matrix)
 
 
-def _refine(source: _Described, target: _Described, affine: Affine) -> Chain:
+def _refine(source: Described, target: Described, affine: Affine) -> Chain:
     """The affine map after a smooth displacement of the source's blocks."""
     edge = _edge(source, target)
     middles, _ = source.blocks(edge)
@@ -436,7 +441,7 @@ def _refine(source: _Described, target: _Described, affine: Affine) -> Chain:
 
 
 def _search(
-    source: _Described, target: _Described, start: Transform, points_mm: np.ndarray
+    source: Described, target: Described, start: Transform, points_mm: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Search the points (N, 3) around where `start` sends them: matches (N, 3) in the world, and similarities (N,)."""
     query = source.at(source.index(points_mm))
@@ -449,7 +454,7 @@ def _search(
     return target.world(place), _similarity(query, target, place).double().numpy()
 
 
-def _similarity(query: Tensor, target: _Described, place: Tensor) -> Tensor:
+def _similarity(query: Tensor, target: Described, place: Tensor) -> Tensor:
     """Mean cosine of the query (F, ...) with the target at voxels (..., 3); -1, the least, outside its view."""
     return torch.where(target.contains(place), (query * target.at(place)).sum(0), -1.0)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +14,19 @@ from torch import Tensor
 from ..losses import local_correlation, smoothness_loss
 from ..spatial import affine_coordinates, identity_grid, sample
 
+
+class Level(NamedTuple):
+    """Voxels of the scan that are one of the images compared, and one of the velocity; its part of the steps."""
+
+    image: int
+    velocity: int
+    part: int
+
+
+# Chosen with the embedded model on pairs of synthetic subjects and of patients that no number of the docs uses.
 SQUARINGS = 6  # of scaling and squaring: 64 small steps (Arsigny et al. 2006)
-AFFINE_LEVEL, LEVELS = 4, (8, 4, 2)  # voxels of the image a voxel of the coarse grid
-AFFINE_SHARE = 1 / 3  # of the steps; the rest is shared out to the levels
+AFFINE_LEVEL, AFFINE_PART = 4, 3  # as of the levels
+LEVELS = (Level(8, 8, 2), Level(4, 4, 2), Level(2, 4, 2), Level(1, 2, 1))
 WINDOW = 5  # voxels of a level, of the local correlation
 RATE = 0.4  # voxels of a level a step, of Adam
 AFFINE_RATE = 0.03  # a step, of the linear part; a step of the shift moves as many voxels as that does half way out
@@ -28,8 +40,8 @@ Progress = Callable[[int, int], None]
 class Images:
     """What is compared of two images on one grid.
 
-    fixed, moving: (1, 1, *shape) in [0, 1]. features: of both, (1, C, *shape), or none. masks: where fixed and moving
-    image count, each (1, 1, *shape) in [0, 1].
+    fixed, moving: (1, 1, *shape) in [0, 1]. masks: where fixed and moving image count, each (1, 1, *shape) in [0, 1].
+    features: of both, or none, (1, C, *any) over the same extent; they count on no grid finer than theirs.
     """
 
     fixed: Tensor
@@ -39,11 +51,11 @@ class Images:
 
     def coarse(self, factor: int) -> Images:
         """The same on a grid `factor` times coarser, feature vectors scaled to length 1."""
-        D, H, W = (-(-size // factor) for size in self.fixed.shape[2:])
+        D, H, W = _coarser(self.fixed.shape[2:], factor)
         shape = (D, H, W)
         fixed, moving, *masks = (F.adaptive_avg_pool3d(x, shape) for x in (self.fixed, self.moving, *self.masks))
         features = None
-        if self.features is not None:
+        if self.features is not None and all(a <= b for a, b in zip(shape, self.features[0].shape[2:], strict=True)):
             a, b = (F.normalize(F.adaptive_avg_pool3d(f.float(), shape), dim=1) for f in self.features)
             features = (a, b)
         return Images(fixed, moving, features, (masks[0], masks[1]))
@@ -70,7 +82,7 @@ def fit(
     """Fit an affine map A and a velocity v so that moving(A(exp(v)(x))) looks like fixed(x).
 
     Args:
-        steps: of Adam, a third of them on the affine map.
+        steps: of Adam, 3 of 10 on the affine map.
         start: displacement to start from, (1, 3, *shape), voxels; default none.
         progress: called with (steps done, steps in all).
 
@@ -82,6 +94,7 @@ def fit(
     start = images.fixed.new_zeros(1, 3, *shape) if start is None else start.float()
     affine = fit_affine(start, images.masks[0])
     done = 0
+    for_affine, *for_levels = _shared_out(steps)
 
     def step(optimizer: torch.optim.Optimizer, cost: Tensor) -> None:
         nonlocal done
@@ -96,7 +109,7 @@ def fit(
     change = torch.zeros_like(affine).requires_grad_()
     reach = torch.tensor(coarse.fixed.shape[2:]).max() / 4
     optimizer = torch.optim.Adam([change], lr=AFFINE_RATE, eps=EPSILON)
-    for _ in range(round(AFFINE_SHARE * steps)):
+    for _ in range(for_affine):
         moved = affine_on(affine, shape, coarse.fixed.shape[2:]) + torch.cat(
             [change[..., :3], change[..., 3:] * reach], -1
         )
@@ -105,31 +118,36 @@ def fit(
     affine = affine + torch.cat([change[..., :3], change[..., 3:] * reach * ratio], -1).detach()
 
     velocity = _residual(start, affine)
-    for number, factor in enumerate(LEVELS):
+    for (factor, knots, _), count in zip(LEVELS, for_levels, strict=True):
         level = images.coarse(factor)
         size = level.fixed.shape[2:]
-        velocity = _resize(velocity, size).requires_grad_()
+        velocity = _resize(velocity, _coarser(shape, knots)).requires_grad_()
         optimizer = torch.optim.Adam([velocity], lr=RATE, eps=EPSILON)
         mapped = affine_on(affine, shape, size)
-        for _ in range(_share(steps, number)):
-            inner = identity_grid(size, velocity) + exponential(velocity)
+        for _ in range(count):
+            inner = identity_grid(size, velocity) + _resize(exponential(velocity), size)
             cost = level.distance(_apply(mapped, inner)) + SMOOTHNESS * smoothness_loss(velocity)
             step(optimizer, cost)
         velocity = velocity.detach()
     with torch.no_grad():
         inner = identity_grid(shape, start) + _resize(exponential(velocity), shape)
         found = _apply(affine, inner) - identity_grid(shape, start)
-        finest = images.coarse(LEVELS[-1])
+        finest = images.coarse(LEVELS[-1].image)
         size = finest.fixed.shape[2:]
         before, after = (finest.distance(identity_grid(size, u) + _resize(u, size)) for u in (start, found))
         return (affine, found) if after < before else (fit_affine(start, images.masks[0]), start)
 
 
-def _share(steps: int, number: int) -> int:
-    """Steps of a level: what the affine map leaves, in equal parts, the last one with the rest."""
-    left = steps - round(AFFINE_SHARE * steps)
-    each = left // len(LEVELS)
-    return left - each * (len(LEVELS) - 1) if number == len(LEVELS) - 1 else each
+def _shared_out(steps: int) -> list[int]:
+    """Steps of the affine map and of every level, in proportion to their parts, and all of them in the end."""
+    totals = list(itertools.accumulate([AFFINE_PART, *(level.part for level in LEVELS)], initial=0))
+    ends = [round(steps * total / totals[-1]) for total in totals]
+    return [end - begin for begin, end in itertools.pairwise(ends)]
+
+
+def _coarser(shape: torch.Size, factor: int) -> torch.Size:
+    """The shape of a grid `factor` times coarser over the same extent."""
+    return torch.Size(-(-size // factor) for size in shape)
 
 
 def exponential(velocity: Tensor) -> Tensor:

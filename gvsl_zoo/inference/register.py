@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, VolumeError
 from ..losses import local_correlation
-from ..models.gvsl import GVSL
+from ..models.gemini import GEMINI, WholeModule
 from ..spatial import identity_grid, sample
 from ..transforms import (
     Affine,
@@ -28,15 +28,21 @@ from ..transforms import (
     warp_volume,
 )
 from ..volume import Prepared, Preprocessing, Volume, prepare, read_volume
-from .features import dense_features, mask_on_grid, preprocessing_of
-from .refine import Images, Progress, fit
-from .sliding import device_of, evaluate
+from .correspond import Described, align, describe
+from .features import body, mask_on_grid, preprocessing_of
+from .refine import Images, Progress, fit, fit_affine
+from .sliding import device_of, evaluate, ready_copy
 
 MAX_VOXELS = 176**3  # of the grid that is matched on; larger scans are matched at a coarser spacing
 REFINING_STEPS = 90  # where nothing is said and a model has no matching heads
 SMALLEST_OVERLAP = 0.05  # of the fixed scan that the moving one must cover, once both are laid over each other
 SEARCH_VOXELS = 24  # of the coarse grid along its longest axis, on which shifts are tried
 SEARCH_WINDOW = 5
+MOST_STRETCH = 2.0  # of one body's axis to the other's, when the features vote
+COMPONENTS = 24  # principal components of all feature levels that the fit compares: 94 % of the variance
+COMPONENT_STEP = 2  # voxels between those that the fit compares
+BODY_STEP = 4  # voxels between those that the components are taken from
+CHUNK = 2**13  # voxels whose features are read at once
 Scan = Volume | str | os.PathLike[str]
 
 
@@ -46,7 +52,7 @@ class Registration:
 
     warped: the moving scan on the fixed one's grid, resampled once.
     displacement_mm: the whole transform on the fixed scan's grid; `transforms.write_transform` writes it for ITK.
-    affine: the affine part, world to world: first the shift that lays the scans over each other.
+    affine: the affine part, world to world, from what lays the scans over each other on.
     jacobian: local volume change on the fixed scan's grid; at most 0 where the map folds.
     report: ncc_before (as the headers have it), ncc_start (laid over each other), ncc_after: local squared correlation
         in [0, 1]; folded: share of voxels; displacement_mm: mean; answer: what the result rests on; seconds.
@@ -72,9 +78,10 @@ def register(
 ) -> Registration:
     """Register two scans of any grids, spacings, orientations and fields of view.
 
-    First the shift between the scans is sought, from the headers and from the bodies' centres. Then the model's
-    matching heads answer in one pass; an answer that correlates worse than none is not taken. Last, with `refine`,
-    affine and displacement are fitted to this pair, to the images and to the dense features of the model.
+    First the shift between the scans is sought, from the headers and from the bodies' centres; with `refine`, also
+    the affine map for which the features vote. Then the model's matching heads answer in one pass; an answer that
+    correlates worse than none is not taken. Last, with `refine`, affine and displacement are fitted to this pair, to
+    the images and to the features of the model.
 
     Args:
         moving, fixed: scans of one channel, or paths.
@@ -89,7 +96,7 @@ def register(
         refinement without heads.
     """
     began = time.perf_counter()
-    heads = isinstance(model, GVSL)
+    heads = isinstance(model, WholeModule)
     steps = (0 if heads else REFINING_STEPS) if refine is None else refine
     if steps < 0 or not (steps or heads):
         raise ArgumentError(f"refine={steps} with a {type(model).__name__}", "without matching heads give 1 or more")
@@ -100,6 +107,17 @@ def register(
     masks = (_mask(fixed_mask, on_fixed), _mask(moving_mask, on_moving))
 
     start = lay_over(on_fixed, on_moving, masks)
+    described: tuple[Described, Described] | None = None
+    if steps:
+        still, other = (
+            describe(scan, _counted(scan, mask, model), model, precision)
+            for scan, mask in zip((on_fixed, on_moving), masks, strict=True)
+        )
+        described = still, other
+        votes = align(still, other)
+        votes = votes if _likely(votes) else align(still, other, start)
+        if _likely(votes):
+            start = _better(start, votes, on_fixed, on_moving, masks[0])
     image, inside = read_at(on_moving.image, on_fixed, on_moving, start), read_at(masks[1], on_fixed, on_moving, start)
     overlap = float((inside * masks[0]).sum() / masks[0].sum())
     if overlap < SMALLEST_OVERLAP:
@@ -110,21 +128,13 @@ def register(
 
     affine = torch.eye(3, 4)[None]
     displacement = torch.zeros(1, 3, *on_fixed.shape)
-    answer = "the shift alone"
-    if isinstance(model, GVSL):
-        device = device_of(model)
-        matching = evaluate(
-            lambda pair: model(*pair.split(1)), torch.cat([on_fixed.image, image]).to(device), precision
-        )
-        found = matching.displacement.float().cpu()
+    answer = "the scans laid over each other"
+    if isinstance(model, WholeModule):
+        found_affine, found = match(model, on_fixed.image, image, masks[0], precision)
         if correlation(moved(image, found), on_fixed.image, masks[0]) > at_start:
-            affine, displacement, answer = matching.affine.float().cpu(), found, "the model's matching heads"
-    if steps:
-        local = [
-            dense_features(replace(on_fixed, image=x), model, precision=precision)[None]
-            for x in (on_fixed.image, image)
-        ]
-        images = Images(on_fixed.image, image, (local[0], local[1]), (masks[0], inside))
+            affine, displacement, answer = found_affine, found, "the model's matching heads"
+    if described:
+        images = Images(on_fixed.image, image, common_features(*described, start), (masks[0], inside))
         fitted_affine, fitted = fit(images, steps, displacement, progress)
         if fitted is not displacement:
             affine, displacement, answer = fitted_affine, fitted, "fitted to the pair"
@@ -147,6 +157,20 @@ def register(
     }
     linear = affine_from_voxels(affine, on_fixed)
     return Registration(warped, merged, Affine(start.matrix @ linear.matrix), volume_change, report)
+
+
+def match(model: WholeModule, fixed: Tensor, moving: Tensor, mask: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    """Affine (1, 3, 4) and displacement (1, 3, D, H, W) that bring the moving image onto the fixed one, on the CPU.
+
+    GEMINI has no affine head: there the affine is the one nearest to the displacement where the mask says so.
+    """
+    ready = ready_copy(model)
+    pair = torch.cat([fixed, moving]).to(device_of(model))
+    answer = evaluate(lambda pair: ready(*pair.split(1)), pair, precision)
+    if isinstance(model, GEMINI):
+        displacement = answer.displacement_ba.float().cpu()
+        return fit_affine(displacement, mask), displacement
+    return answer.affine.float().cpu(), answer.displacement.float().cpu()
 
 
 def correlation(image: Tensor, fixed: Tensor, mask: Tensor) -> float:
@@ -196,6 +220,43 @@ def lay_over(on_fixed: Prepared, on_moving: Prepared, masks: tuple[Tensor, Tenso
     return Affine(matrix)
 
 
+def _likely(affine: Affine) -> bool:
+    """Whether an affine map may be one between two people: no mirror, no axis beyond `MOST_STRETCH` or its inverse."""
+    stretch = np.linalg.svd(affine.matrix[:3, :3], compute_uv=False)
+    mirrored = np.linalg.det(affine.matrix[:3, :3]) < 0
+    return not mirrored and bool(((stretch < MOST_STRETCH) & (stretch > 1 / MOST_STRETCH)).all())
+
+
+def _better(start: Affine, other: Affine, on_fixed: Prepared, on_moving: Prepared, mask: Tensor) -> Affine:
+    """Of two maps the one with which the images agree more; the first on a tie."""
+    first, second = (
+        correlation(read_at(on_moving.image, on_fixed, on_moving, affine), on_fixed.image, mask)
+        for affine in (start, other)
+    )
+    return other if second > first else start
+
+
+def common_features(fixed: Described, moving: Described, start: Affine) -> tuple[Tensor, Tensor]:
+    """What the features of both scans show, on every other voxel of the fixed grid, (1, K, *shape / 2) each.
+
+    All levels together are many channels; their first principal components over both bodies say nearly the same.
+    """
+    bodies = [scan.at(middles[inside]) for scan in (fixed, moving) for middles, inside in [scan.blocks(BODY_STEP)]]
+    vectors = torch.cat(bodies, 1).double()
+    mean = vectors.mean(1, keepdim=True)
+    axes = torch.linalg.eigh((vectors - mean) @ (vectors - mean).T).eigenvectors  # the last have the largest variance
+    basis, mean = axes[:, -COMPONENTS:].T.float(), mean.float()
+    shape = fixed.prepared.shape
+    size = [-(-n // COMPONENT_STEP) for n in shape]
+    places = [(torch.arange(m) + 0.5) * (n / m) - 0.5 for m, n in zip(size, shape, strict=True)]
+    index = torch.stack(torch.meshgrid(*places, indexing="ij"), -1).view(-1, 3)
+    a, b = (
+        torch.cat([basis @ (scan.at(part) - mean) for part in points.split(CHUNK)], 1).view(1, -1, *size)
+        for scan, points in ((fixed, index), (moving, moving.index(start(fixed.world(index)))))
+    )
+    return a, b
+
+
 def _coarse(prepared: Prepared, factor: int) -> Prepared:
     """The same image on voxels `factor` times as wide an axis."""
     D, H, W = (-(-size // factor) for size in prepared.shape)
@@ -227,6 +288,13 @@ def _spacing(volume: Volume, recipe: Preprocessing) -> tuple[float, float, float
     coarser = max(1.0, float(np.prod(extent[::-1] / wanted) / MAX_VOXELS) ** (1 / 3))
     z, y, x = (coarser * wanted).tolist()
     return z, y, x
+
+
+def _counted(prepared: Prepared, mask: Tensor, model: nn.Module) -> Tensor:
+    """The body where the mask says so, or where it says so at all if that is air: (D, H, W) bool."""
+    masked = mask[0, 0] > 0
+    inside = body(prepared, model) & masked
+    return inside if inside.any() else masked
 
 
 def _mask(mask: Scan | None, prepared: Prepared) -> Tensor:

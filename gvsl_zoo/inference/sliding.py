@@ -19,7 +19,7 @@ from ..models.backbone import Conv3d
 
 SIGMA_PER_WINDOW = 1 / 8  # of the Gaussian importance (Isensee et al. 2021, nnU-Net): a window is worst at its border
 PRECISIONS = ("float32", "bf16")
-SUMMED_VOXELS = 2**10  # at once in float32: fewer take longer, more lose digits
+SUMMED = 2**15  # numbers at once, in float32: fewer take longer, more lose digits
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the axes of a tensor
 
 Progress = Callable[[int, int], None]  # windows done, windows in all
@@ -126,7 +126,8 @@ class ExactGroupNorm(nn.GroupNorm):
 
     def _normalised(self, x: Tensor) -> Tensor:
         voxels = x[0].movedim(0, -1).reshape(-1, self.num_channels)
-        runs = voxels.split(SUMMED_VOXELS) if len(voxels) > SUMMED_VOXELS else [voxels.double()]
+        length = max(1, SUMMED // self.num_channels)
+        runs = voxels.split(length) if len(voxels) > length else [voxels.double()]
         statistics = [torch.ops.aten.batch_norm_update_stats(run, None, None, 0.0) for run in runs]
         means, variances = (torch.stack(values).double() for values in zip(*statistics, strict=True))  # (runs, C)
         share = torch.tensor([len(run) / len(voxels) for run in runs], dtype=torch.float64)
