@@ -552,8 +552,7 @@ def test_when_a_rank_is_killed_all_end_and_a_restart_goes_on(tmp_path):  # T9
     saved = steps_saved(folder)[-1]
     again = launch(tmp_path, folder, 400, processes=2)
     wait_for(folder, saved + 2, again)
-    os.killpg(again.pid, signal.SIGKILL)
-    again.wait(30)
+    kill(again)
     assert [record["step"] for record in records(folder)][: saved + 2] == list(range(1, saved + 3))
 
 
@@ -561,6 +560,13 @@ def children(process):
     """Their ids."""
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
     return [int(number) for number in found.stdout.split()]
+
+
+def kill(launcher):
+    """With its ranks, of which each leads a group of its own."""
+    for number in (launcher.pid, *children(launcher)):
+        os.kill(number, signal.SIGKILL)
+    launcher.wait(30)
 
 
 def gone(group, seconds=10):
@@ -619,8 +625,7 @@ def test_sigterm_to_torchrun_stops_all_processes_at_one_step_and_a_restart_goes_
     assert steps_saved(folder) == [last]
     again = launch(tmp_path, folder, 500, processes=2, save_every=400)
     wait_for(folder, last + 1, again)
-    os.killpg(again.pid, signal.SIGKILL)
-    again.wait(30)
+    kill(again)
     assert [record["step"] for record in records(folder)][: last + 1] == list(range(1, last + 2))
 
 
