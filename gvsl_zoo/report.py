@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .errors import ArgumentError, GvslZooError
 from .registry import Label
+from .transforms import Affine, Grid, warp_volume
 from .volume import Prepared, Volume, canonical_view
 from .weights import write_whole
 
@@ -212,13 +213,13 @@ def registration_picture(
     """Two scans before and after registration, a checkerboard of both, and a lattice of the moving scan's millimetres.
 
     Args:
-        moving: as its header has it, on the fixed scan's grid.
         path: the PNG file; written whole or not at all, replaced if it is there.
 
     Errors: GvslZooError when matplotlib is missing or the file cannot be written.
     """
-    (still, spacing), (before, _), (after, _) = (canonical_view(volume) for volume in (fixed, moving, found.warped))
     grid = found.displacement_mm.grid
+    unmoved = _as_headers_say(moving, grid)
+    (still, spacing), (before, _), (after, _) = (canonical_view(volume) for volume in (fixed, unmoved, found.warped))
     points = [  # where each voxel lies in the moving scan, mm along z, y, x
         canonical_view(Volume(places, grid.affine))[0] for places in reversed(_moved_mm(found).transpose(3, 0, 1, 2))
     ]
@@ -243,6 +244,14 @@ def registration_picture(
         panels.append(Panel(lattice, (row, column), f"every {LATTICE_MM} mm of moving", letters=LETTERS[name]))
         rows.append(Row(name.capitalize(), _registration_note(found) if axis else "", panels))
     draw(rows, title or "Registration", path)
+
+
+def _as_headers_say(moving: Volume, grid: Grid) -> Volume:
+    """The moving scan on the grid, where its header has it; empty where that is nowhere near."""
+    try:
+        return warp_volume(moving, Affine(np.eye(4)), grid)
+    except ArgumentError:
+        return Volume(np.full(grid.shape, moving.data.min(), np.float32), grid.affine)
 
 
 def _moved_mm(found: Registration) -> np.ndarray:

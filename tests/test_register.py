@@ -245,6 +245,18 @@ def test_the_command_writes_what_simpleitk_applies_to_the_same_result(pair, tmp_
     assert np.percentile(difference, 99) < 1.0  # HU
 
 
+def test_scans_whose_headers_put_them_far_apart_get_their_picture(pair, tmp_path):
+    fixed, moving = pair[0][0], pair[1][0]
+    affine = moving.affine.copy()
+    affine[:3, 3] += 5000
+    write_volume(fixed, tmp_path / "fixed.nii.gz")
+    write_volume(Volume(moving.data, affine), tmp_path / "moving.nii.gz")
+    call = ["register", "--fixed", tmp_path / "fixed.nii.gz", "--moving", tmp_path / "moving.nii.gz", "--picture"]
+    done = CliRunner().invoke(main, [*map(str, call), str(tmp_path / "picture.png")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
 def test_labels_without_a_place_to_go_and_outputs_of_another_kind_are_refused(pair, tmp_path):
     for name, (scan, _) in zip(("fixed", "moving"), pair, strict=True):
         write_volume(scan, tmp_path / f"{name}.nii.gz")

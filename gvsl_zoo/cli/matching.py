@@ -52,11 +52,9 @@ def register_command(
     as_json: bool,
 ) -> None:
     """Register the scan --moving onto --fixed, and say how well they agree."""
-    import numpy as np
-
     from ..inference.register import register
     from ..report import registration_picture
-    from ..transforms import Affine, Grid, to_displacement, warp_volume, write_transform
+    from ..transforms import Grid, to_displacement, warp_volume, write_transform
     from ..volume import check_output, read_volume, write_volume
 
     if bool(moving_labels) != bool(labels_out):
@@ -104,8 +102,7 @@ def register_command(
         labels = warp_volume(read_volume(moving_labels), found.displacement_mm, grid, nearest=True)
         write_volume(labels, labels_out, overwrite=overwrite)
     if picture:
-        before = warp_volume(moved, Affine(np.eye(4)), grid)
-        registration_picture(still, before, found, picture, title=f"{moving.name} on {fixed.name}")
+        registration_picture(still, moved, found, picture, title=f"{moving.name} on {fixed.name}")
     outputs = (warped_out, transform_out, affine_out, save_inverse, jacobian_out, labels_out, picture)
     show(found.report | {"outputs": [str(path) for path in outputs if path]}, as_json)
 
