@@ -150,12 +150,12 @@ def test_an_interrupted_bench_repeats_no_training_and_ends_with_the_same_numbers
     def limited(data, config, out, **settings):
         begun.append(out.name)
         if len(begun) == 5:
-            raise Killed
+            raise Killed("at the fifth")
         return finetune(data, config, out, **settings)
 
     monkeypatch.setattr(room, "finetune", limited)
     settings = {"counts": [1, 3], "modes": ["linear"], "device": "cpu"}
-    with pytest.raises(Killed):
+    with pytest.raises(Killed, match="at the fifth"):
         bench(cases, [NANO], CONFIG, tmp_path, **settings)
     again = bench(cases, [NANO], CONFIG, tmp_path, **settings)
     assert len(begun) == 13 and begun[4] == begun[5] and len(set(begun)) == 12

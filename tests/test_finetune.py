@@ -38,7 +38,7 @@ MM = 12.0
 LUNGS = {"right lung": LABELS["lung_right"], "left lung": LABELS["lung_left"]}
 TINY = {"spacing_mm": MM, "crop": 16, "save_every": 2, "warmup_steps": 2, "bf16": False, "validation": 0.3}
 CPU = torch.device("cpu")
-SHARED = Path("/work/shared/data")
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)

@@ -124,6 +124,13 @@ def initialise(module: nn.Module, generator: torch.Generator | None = None) -> N
             nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
 
 
+def is_released(convention: str) -> bool:
+    """Whether a module is to have the released code's faults ("released") or not ("correct"); else ArgumentError."""
+    if convention not in ("correct", "released"):
+        raise ArgumentError(f"unknown convention {convention!r}", 'use "correct" or "released"')
+    return convention == "released"
+
+
 def pad_to_multiple(x: Tensor, multiple: int, *, centred: bool = True) -> tuple[Tensor, list[int]]:
     """Zero-pad the spatial axes symmetrically, the smaller half first, or at the far end; also return the offsets in
     front.

@@ -7,9 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError
 from ..spatial import warp
-from .backbone import CONV, Backbone, Features, crop, initialise, pad_to_multiple
+from .backbone import CONV, Backbone, Features, crop, initialise, is_released, pad_to_multiple
 from .gvsl import GVSL, pair_features, released_warp, restoration_head
 from .unet import CHANNELS_PER_GROUP, NEGATIVE_SLOPE, POOL, upsample
 
@@ -48,9 +47,7 @@ class GEMINI(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if convention not in ("correct", "released"):
-            raise ArgumentError(f"unknown convention {convention!r}", 'use "correct" or "released"')
-        self.convention = convention
+        self.released = is_released(convention)
         self.unet = backbone
         ndim, local = backbone.ndim, backbone.num_features  # 32 channels in the released models
         flow = CONV[ndim](local, ndim, 3, padding=1, device=device)
@@ -73,7 +70,7 @@ class GEMINI(nn.Module):
 
     def warp(self, moving: Tensor, displacement: Tensor, *, mode: str = "bilinear") -> Tensor:
         """`spatial.warp`, in the module's convention."""
-        resample = released_warp if self.convention == "released" else warp
+        resample = released_warp if self.released else warp
         return resample(moving, displacement, mode=mode)
 
     def forward(self, fixed: Tensor, moving: Tensor) -> MutualMatching:

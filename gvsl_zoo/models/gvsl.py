@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..spatial import affine_matrix, affine_warp, compose, identity_grid, warp
-from .backbone import CONV, Backbone, Features, Linear, initialise
+from .backbone import CONV, Backbone, Features, Linear, initialise, is_released
 from .unet import NEGATIVE_SLOPE, DoubleConv
 
 CHANNELS_PER_RESTORATION_GROUP = 4  # of the restoration head's GroupNorm; released code
@@ -46,9 +46,7 @@ class GVSL(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if convention not in ("correct", "released"):
-            raise ArgumentError(f"unknown convention {convention!r}", 'use "correct" or "released"')
-        self.convention = convention
+        self.released = is_released(convention)
         self.unet = backbone
         ndim = backbone.ndim
         conv = CONV[ndim]
@@ -77,7 +75,7 @@ class GVSL(nn.Module):
     def match(self, fixed: Features, moving: Features) -> tuple[Tensor, Tensor]:
         """Affine (B, n, n + 1) and flow (B, n, *shape) that bring the moving features onto the fixed ones."""
         affine = affine_matrix(self.affine_parameters(fixed.bottleneck, moving.bottleneck))
-        align = released_affine_warp if self.convention == "released" else affine_warp
+        align = released_affine_warp if self.released else affine_warp
         aligned = align(moving.local, affine)  # float32, contiguous
         aligned = torch.empty_like(fixed.local).copy_(aligned)  # type and memory format in one pass
         return affine, self.out_flow(self.sp_conv(torch.cat([aligned, fixed.local], 1)))
@@ -95,7 +93,7 @@ class GVSL(nn.Module):
         f_fixed, f_moving = self.features(fixed, moving)
         affine, flow = self.match(f_fixed, f_moving)
         restored = self.restore(f_fixed.local)
-        if self.convention == "released":
+        if self.released:
             return Matching(released_warp(released_affine_warp(moving, affine), flow), affine, flow, restored)
         displacement = compose(affine, flow)
         return Matching(warp(moving, displacement), affine, displacement, restored)

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..errors import ArgumentError
-from .backbone import CONV, CONV_TRANSPOSE, Backbone, FeatureInfo, FeatureLevel, Features, Linear, initialise
+from .backbone import (
+    CONV,
+    CONV_TRANSPOSE,
+    Backbone,
+    FeatureInfo,
+    FeatureLevel,
+    Features,
+    Linear,
+    initialise,
+    is_released,
+)
 
 PATCH = 4  # voxels of a token along an axis of the image
 HEAD_WIDTH = 16
@@ -362,9 +372,7 @@ class XMorpher(Backbone):
                 f"no XMorpher with ndim={ndim}, width={width}, in_chans={in_chans}, window={window}",
                 "ndim is 2 or 3, width a multiple of 16, in_chans and window at least 1",
             )
-        if convention not in ("correct", "released"):
-            raise ArgumentError(f"unknown convention {convention!r}", 'use "correct" or "released"')
-        released = convention == "released"
+        released = is_released(convention)
         self.ndim, self.width, self.in_chans, self.window = ndim, width, in_chans, window
         widths = [width * 2**i for i in range(4)]
         rates = [DROP_PATH * i / (sum(DEPTHS) - 1) for i in range(sum(DEPTHS))]
