@@ -1,4 +1,4 @@
-"""What each part of an objective is worth: arms pre-trained alike, their frozen features probed side by side:
+"""What an objective, each of its parts and an architecture is worth: arms pre-trained alike, their frozen features probed side by side:
 python -m benchmarks.ablation DATA OUT [--arms gvsl no-affine ...]
 
 Every arm starts from the same seed, sees the same pairs for as many steps, and is compared, head alone, with its own
@@ -21,7 +21,7 @@ import torch
 from benchmarks.timing import RESULTS, machine
 from benchmarks.transfer import TASKS, write_cases
 from gvsl_zoo.memory import keep_freed_memory
-from gvsl_zoo.pretrain.config import PretrainConfig
+from gvsl_zoo.pretrain.config import XMORPHER_WIDTH, PretrainConfig
 from gvsl_zoo.pretrain.data import ScanPairs
 from gvsl_zoo.pretrain.loop import pretrain
 from gvsl_zoo.pretrain.run import last_record
@@ -33,7 +33,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "gvsl": {},
     "no-affine": {"objective": "no-affine"},
     "restoration": {"objective": "restoration"},
+    "gemini": {"objective": "gemini", "affine_width": None},
+    "xmorpher-self": {"backbone": "xmorpher", "width": XMORPHER_WIDTH[8], "pair_mode": "self"},
+    "xmorpher-cross": {"backbone": "xmorpher", "width": XMORPHER_WIDTH[8], "pair_mode": "cross"},
+    "xmorpher-mixed": {"backbone": "xmorpher", "width": XMORPHER_WIDTH[8], "pair_mode": "mixed"},
 }
+LEARNING_RATE = 1e-3  # at which all of them are stable
 VALIDATED = ("ncc_before", "ncc_after", "dice_before", "dice_after", "folded", "psnr_damaged", "psnr_restored")
 
 
@@ -66,7 +71,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     os.chdir(options.out)  # arms are named by their folders
     say: Callable[[str], None] = partial(print, flush=True)
-    base: dict[str, Any] = {"steps": options.steps, "ramp_steps": options.steps // 2}
+    base: dict[str, Any] = {"steps": options.steps, "ramp_steps": options.steps // 2, "learning_rate": LEARNING_RATE}
     trained = {arm: train(arm, PretrainConfig.from_dict(base | ARMS[arm]), data, Path(arm)) for arm in options.arms}
     probed = {}
     for name, task in TASKS.items():
