@@ -1,4 +1,4 @@
-"""What an objective, each of its parts and an architecture is worth: arms pre-trained alike, their frozen features probed side by side:
+"""What objectives, their parts and architectures are worth: arms pre-trained alike, their frozen features probed:
 python -m benchmarks.ablation DATA OUT [--arms gvsl no-affine ...]
 
 Every arm starts from the same seed, sees the same pairs for as many steps, and is compared, head alone, with its own
