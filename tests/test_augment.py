@@ -10,13 +10,13 @@ from gvsl_zoo.errors import ArgumentError
 from gvsl_zoo.pretrain.augment import (
     ELASTIC_VOXELS,
     KNOT_VOXELS,
-    _bend,
     _blocks,
     _paint,
     _painted_boxes,
     _shuffle,
     _smooth_noise,
     apply_pose,
+    bend,
     damage,
     sample_pose,
 )
@@ -197,7 +197,7 @@ def test_a_seed_decides_the_damage(shape):
 def test_nine_images_of_ten_are_bent_half_of_them_downwards():
     ramp = torch.linspace(0, 1, 64).view(1, 1, 8, 8)
     x = ramp.repeat(1000, 1, 1, 1)
-    _bend(x, seeded())
+    bend(x, seeded())
     values = x.flatten(1)
     still = (values == ramp.flatten()).all(1)
     rising, falling = (values.diff(dim=1) >= -1e-6).all(1), (values.diff(dim=1) <= 1e-6).all(1)
@@ -211,7 +211,7 @@ def test_nine_images_of_ten_are_bent_half_of_them_downwards():
 def test_bent_intensities_lie_on_a_cubic_bezier_curve():
     x = torch.rand(20, 1, 16, 16, generator=seeded())
     bent = x.clone()
-    _bend(bent, seeded(5))
+    bend(bent, seeded(5))
     numbers = torch.rand(20, 6, generator=seeded(5)).double()
     t = torch.linspace(0, 1, 200_001, dtype=torch.float64)
     for before, after, (chance, falls, x1, y1, x2, y2) in zip(x, bent, numbers, strict=True):

@@ -16,13 +16,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from click.testing import CliRunner
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gvsl_zoo import load
 from gvsl_zoo.cli import main
 from gvsl_zoo.errors import ArgumentError, TrainingError
-from gvsl_zoo.losses import restoration_loss
+from gvsl_zoo.losses import local_ncc_loss, restoration_loss
 from gvsl_zoo.models.gemini import GEMINI
 from gvsl_zoo.models.gvsl import GVSL
 from gvsl_zoo.models.unet import UNet
@@ -49,11 +50,14 @@ from gvsl_zoo.pretrain.objective import (
     contrast_loss,
     known_error,
     make_batch,
+    ncc_loss,
+    poses,
 )
 from gvsl_zoo.pretrain.prepare import prepare_store
 from gvsl_zoo.pretrain.run import Run, State
 from gvsl_zoo.pretrain.store import Store
 from gvsl_zoo.pretrain.validate import organ_dice, organs_of, psnr, validate
+from gvsl_zoo.spatial import identity_grid
 
 pytest.importorskip("accelerate")
 CROP = (16, 16, 16)
@@ -395,6 +399,11 @@ def test_a_run_may_start_from_weights_that_exist(tmp_path):
         ({"batch_size": 0}, "a count below 1"),
         ({"ema": 1.0}, "ema 1.0"),
         ({"synthetic_share": 2.0}, "synthetic_share 2.0"),
+        ({"apart": -0.1}, "apart -0.1"),
+        ({"views": 1.5}, "views 1.5"),
+        ({"bent": 2.0}, "bent 2.0"),
+        ({"scales": 0}, "scales 0"),
+        ({"objective": "gemini", "scales": 2}, "scales with objective 'gemini'"),
         ({"unit": "grey"}, "unit 'grey' with ndim 3"),
         ({"objective": "gemini", "contrast": 0.1}, "contrast with objective 'gemini'"),
     ],
@@ -719,6 +728,59 @@ def test_the_synthetic_share_decides_where_pairs_come_from(share, real):
     config = settings(synthetic_share=share, ramp_steps=0)
     pairs = Pairs(config, ScanPairs(scans("chest", "chest"), CROP), 1)
     assert {pairs[k].known for k in range(5)} == {not real}
+
+
+def test_views_of_a_scan_come_in_the_share_of_scans_asked_for():
+    config = settings(synthetic_share=0.0, ramp_steps=0, views=0.5)
+    pairs = [Pairs(config, ScanPairs(scans("chest", "chest"), CROP), 1)[k] for k in range(40)]
+    assert 10 < sum(pair.views for pair in pairs) < 30
+    for pair in pairs:
+        assert pair.known == pair.views == torch.equal(pair.fixed, pair.moving)
+
+
+def test_two_views_of_a_scan_show_the_same_where_their_anatomy_is_the_same(generator):
+    image = F.interpolate(torch.rand(1, 1, 4, 4, 4, generator=generator), (32, 32, 32), mode="trilinear")[0]
+    config = settings(crop=(32, 32, 32), damage_share=0.0, **KNOWN)
+    pair = Pair(image, image, identity_grid(config.crop, image).expand(2, -1, -1, -1, -1), True, True)
+    seen = make_batch([pair], [0], config, CPU)
+    assert not torch.equal(seen.fixed, seen.moving)
+    a, b = (anatomy[0].flatten(1).T for anatomy in (seen.anatomy_fixed, seen.anatomy_moving))
+    distance, match = torch.cdist(a[:, :3], b[:, :3]).min(1)
+    kept = (distance < 0.3) & (a[:, 3] > 0.99) & (b[match, 3] > 0.99)
+    assert kept.sum() > 500
+    difference = (seen.fixed.flatten()[kept] - seen.moving.flatten()[match[kept]]).abs()
+    assert difference.mean() < 0.02 < 0.1 < (seen.fixed - seen.moving).abs().mean()
+
+
+@pytest.mark.parametrize("crop", [CROP, (32, 24)])
+def test_images_apart_have_a_pose_each_and_others_share_one(crop):
+    n, image = len(crop), torch.zeros(1, *crop)
+    pair = Pair(image, image, torch.zeros(2, n, *crop), False)
+    for apart, count in ((0.0, 1), (1.0, 2)):
+        config = settings(crop=crop, ndim=n, apart=apart)
+        drawn = [poses(pair, config, seeded(CPU, k), CPU) for k in range(200)]
+        assert {len(pose) for pose in drawn} == {count}
+    shifts = torch.stack([(second - first).flatten(1).mean(1) for first, second in drawn]) / torch.tensor(crop)
+    assert shifts.std(0).min() > 0.05 and shifts.mean(0).abs().max() < 0.03
+
+
+def test_bent_images_are_a_function_of_those_that_they_were():
+    plain, bent = batch(bent=0.0, damage_share=0.0), batch(bent=1.0, damage_share=0.0)
+    for a, b in ((plain.fixed, bent.fixed), (plain.moving, bent.moving)):
+        assert not torch.equal(a, b)
+        for image, curved in zip(a.flatten(1), b.flatten(1), strict=True):
+            steps = curved[image.argsort()].diff()
+            assert (steps >= -1e-6).all() or (steps <= 1e-6).all()  # monotone: up, or down
+
+
+@pytest.mark.parametrize("shape", [(16, 20, 24), (32, 40)])
+def test_the_ncc_over_scales_is_the_mean_of_those_of_halved_images(generator, shape):
+    a, b = torch.rand(2, 1, 1, *shape, generator=generator)
+    assert torch.equal(ncc_loss(a, b, 1), local_ncc_loss(a, b))
+    size = [n // 2 for n in shape]
+    halves = [F.interpolate(x, size, mode="area") for x in (a, b)]
+    assert ncc_loss(a, b, 2).item() == pytest.approx((local_ncc_loss(a, b) + local_ncc_loss(*halves)).item() / 2)
+    assert ncc_loss(a, 2 * a, 3) < 1e-3
 
 
 def test_the_task_hardens_over_the_ramp(monkeypatch):

@@ -127,7 +127,7 @@ def damage(x: Tensor, generator: torch.Generator) -> Tensor:
     Source: the appearance transform of He et al. 2023, sec. 3.1 (after Zhou et al. 2019, Models Genesis).
     """
     spoiled = x.detach().clone(memory_format=torch.contiguous_format)
-    _bend(spoiled, generator)
+    bend(spoiled, generator)
     _shuffle(spoiled, generator)
     _paint(spoiled, generator)
     return spoiled
@@ -172,8 +172,8 @@ def _smooth_noise(
     return noise.view(*lead, *shape)
 
 
-def _bend(x: Tensor, generator: torch.Generator) -> None:
-    """Map the intensities of most images, in place, along random monotone cubic Bezier curves."""
+def bend(x: Tensor, generator: torch.Generator) -> None:
+    """Map the intensities of most images (B, C, *shape), in place, along random monotone cubic Bezier curves."""
     numbers = _uniform(generator, len(x), 6)
     chosen = (numbers[:, 0] < BEZIER_PROBABILITY).nonzero()[:, 0].tolist()
     t = torch.linspace(0, 1, CURVE_POINTS, device=generator.device)

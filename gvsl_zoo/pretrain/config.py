@@ -13,6 +13,7 @@ Architecture = Literal["unet", "xmorpher"]
 PairMode = Literal["self", "cross", "mixed"]
 Unit = Literal["HU", "arbitrary", "grey"]
 UNITS: dict[int, tuple[Unit, ...]] = {3: ("HU", "arbitrary"), 2: ("grey", "arbitrary")}  # by axes; the first is default
+SHARES = ("synthetic_share", "damage_share", "views", "apart", "bent")  # of pairs
 Config = TypeVar("Config", bound="RunConfig")
 
 
@@ -60,7 +61,12 @@ class PretrainConfig(RunConfig):
     ncc, smoothness, restoration, deformation, positive: weights of the terms, in units of the paper's: all 1 in GVSL
         (He et al. 2023, sec. 3.1), `losses.GEMINI_WEIGHTS` in GEMINI, which alone has the last two.
     ema: decay of the averaged weights, which are then the ones that are kept; 0 for none.
-    displacement, affine, contrast: weights of what synthetic pairs can teach besides, whose anatomy is known.
+    displacement, affine, contrast: weights of what pairs can teach besides whose common anatomy is known, which are
+        those of synthetic subjects, and two views of one scan.
+    views: share of the pairs of scans that are two views of one scan, in poses of their own.
+    apart: share of the other pairs whose images have poses of their own, as if nobody had laid them alike.
+    bent: share of pairs whose images show other contrasts, each along a curve of its own.
+    scales: resolutions in which images are compared, from full to 1 / 2^(scales - 1); the mean is the term `ncc`.
     """
 
     objective: Objective = "gvsl"
@@ -86,6 +92,10 @@ class PretrainConfig(RunConfig):
     displacement: float = 0.0
     affine: float = 0.0
     contrast: float = 0.0
+    views: float = 0.0
+    apart: float = 0.0
+    bent: float = 0.0
+    scales: int = 1
     learning_rate: float = 2e-3  # peak; cosine to zero
     warmup_steps: int = 100
     clip_norm: float = 1.0
@@ -103,9 +113,11 @@ class PretrainConfig(RunConfig):
             (self.ndim != len(self.crop) or min(self.crop) < 16, f"crop {self.crop} with ndim {self.ndim}"),
             (min(self.steps, self.batch_size, self.accumulate, self.save_every, self.keep_last) < 1, "a count below 1"),
             (not 0 <= self.ema < 1, f"ema {self.ema}"),
-            (not 0 <= self.synthetic_share <= 1, f"synthetic_share {self.synthetic_share}"),
+            *((not 0 <= getattr(self, n) <= 1, f"{n} {getattr(self, n)}") for n in SHARES),
+            (not 1 <= self.scales <= 4, f"scales {self.scales}"),
             (self.unit not in (None, *UNITS.get(self.ndim, ())), f"unit {self.unit!r} with ndim {self.ndim}"),
             (self.objective == "gemini" and self.known, "displacement, affine or contrast with objective 'gemini'"),
+            (self.objective == "gemini" and self.scales > 1, "scales with objective 'gemini'"),
         ):
             if wrong:
                 raise ArgumentError(f"{what} in the settings of a run", "see gvsl_zoo.pretrain.config.PretrainConfig")

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import ArgumentError
+from ..spatial import identity_grid
 from ..volume import CT_WINDOW_HU
 from .anatomy import CANONICAL_MM, Film, Subject, sample_film, sample_subject
 from .bucket import is_url
@@ -41,13 +42,14 @@ class Pair(NamedTuple):
     """Two images to match, and where their voxels lie in an anatomy common to both, if that is known.
 
     fixed, moving: (1, *crop) in [0, 1]. anatomy: (2, n, *crop), of fixed and moving, in voxels; zeros if not known.
-    known: whether it is.
+    known: whether it is. views: whether both are the same image, which only poses of their own make a pair.
     """
 
     fixed: Tensor
     moving: Tensor
     anatomy: Tensor
     known: bool
+    views: bool = False
 
 
 class PairSource(Protocol):
@@ -197,6 +199,8 @@ class Pairs(Dataset[Pair]):
         scans = (1 - config.synthetic_share) * difficulty
         if self.real is not None and float(torch.rand(1, generator=generator)) < scans:
             fixed, moving = self.real.draw(generator)
+            if config.views and float(torch.rand(1, generator=generator)) < config.views:
+                return Pair(fixed, fixed, identity_grid(config.crop, fixed).expand(2, -1, *config.crop), True, True)
             return Pair(fixed, moving, torch.zeros(2, config.ndim, *config.crop), False)
         variation = EASIEST_VARIATION + (1 - EASIEST_VARIATION) * difficulty
         return self.synthetic.pair(self.synthetic.subjects(generator, variation))

@@ -13,13 +13,14 @@ from ..models.backbone import Features
 from ..models.gemini import GEMINI, WholeModule
 from ..models.gvsl import GVSL
 from ..spatial import affine_coordinates, compose, identity_grid, warp
-from .augment import apply_pose, damage, moved, sample_pose
+from .augment import apply_pose, bend, damage, moved, sample_pose
 from .config import PretrainConfig
 from .data import Pair, seeded
 
 DAMAGED_SHARE = {"matching": 0.0, "gemini": 1.0}  # of pairs, by the objectives for which it is no setting
 CONTRAST_POINTS = 256  # voxels of each image whose match is sought among the others
 CONTRAST_TEMPERATURE = 0.1
+SHIFT = 0.12  # of the crop's extent, the most that a pose of its own is shifted
 MATCHED_VOXELS = 1.0  # a point's match lies nearer than this, or it has none
 
 
@@ -48,7 +49,10 @@ def make_batch(pairs: list[Pair], numbers: list[int], config: PretrainConfig, de
         if config.known:
             known = torch.full_like(images, float(pair.known))
             images = torch.cat([images, moved(pair.anatomy, device), known], 1)
-        fixed, moving = apply_pose(images, sample_pose(config.crop, generator, device=device)).split(1)
+        fixed, moving = apply_pose(images, poses(pair, config, generator, device)).split(1)
+        if config.bent and float(torch.rand(1, generator=generator)) < config.bent:
+            for image in (fixed, moving):
+                bend(image[:, :1], generator)
         image = fixed[:, :1]
         share = DAMAGED_SHARE.get(config.objective, config.damage_share)
         damaging = float(torch.rand(1, generator=generator)) < share
@@ -57,6 +61,29 @@ def make_batch(pairs: list[Pair], numbers: list[int], config: PretrainConfig, de
     cross = float(torch.rand(1, generator=seeded("cpu", config.seed, 4, numbers[0]))) < config.cross_share
     fixed, damaged, moving, *anatomies = (torch.cat(parts) for parts in zip(*rows, strict=True))
     return Batch(fixed, damaged, moving, anatomies[0], anatomies[1], cross)
+
+
+def poses(pair: Pair, config: PretrainConfig, generator: torch.Generator, device: torch.device) -> Tensor:
+    """One pose for both images of a pair, (1, n, *crop), or one each, (2, n, *crop), the second one shifted as well."""
+    apart = pair.views or (config.apart > 0 and float(torch.rand(1, generator=generator)) < config.apart)
+    drawn = sample_pose(config.crop, generator, 2 if apart else 1, device=device)
+    if apart:
+        shift = SHIFT * (2 * torch.rand(config.ndim, generator=generator) - 1) * torch.tensor(config.crop)
+        drawn[1] += moved(shift, device).view(-1, *[1] * config.ndim)
+    return drawn
+
+
+def ncc_loss(warped: Tensor, fixed: Tensor, scales: int) -> Tensor:
+    """Mean of the local NCC loss over resolutions, each half the one before; scalar."""
+    losses = [local_ncc_loss(warped, fixed)]
+    for _ in range(scales - 1):
+        warped, fixed = halved(warped), halved(fixed)
+        losses.append(local_ncc_loss(warped, fixed))
+    return torch.stack(losses).mean()
+
+
+def halved(x: Tensor) -> Tensor:
+    return F.avg_pool3d(x, 2) if x.ndim == 5 else F.avg_pool2d(x, 2)
 
 
 def tasks_of(model: WholeModule, config: PretrainConfig) -> list[nn.Module]:
@@ -105,7 +132,7 @@ class Pretraining(nn.Module):
                     restored = model.restore(f_fixed.local)
         if self.matches:
             displacement = compose(affine, flow)
-            terms["ncc"] = config.ncc * local_ncc_loss(warp(batch.moving, displacement), batch.fixed)
+            terms["ncc"] = config.ncc * ncc_loss(warp(batch.moving, displacement), batch.fixed, config.scales)
             terms["smoothness"] = config.smoothness * smoothness_loss(flow)
             if config.known:
                 terms |= self._known_terms(batch, affine, displacement, f_fixed, f_moving, generator)
