@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +97,24 @@ def full_precision(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+class _Bounded(torch.autograd.Function):
+    """Clamp to [-1, 1] whose gradient is dropped only where it leads farther out.
+
+    That of `clamp` is 0 outside, from where no number would ever come back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(-1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        [x] = ctx.saved_tensors
+        outward = ((x > 1) & (grad < 0)) | ((x < -1) & (grad > 0))
+        return grad.masked_fill(outward, 0)
+
+
 def affine_matrix(parameters: Tensor) -> Tensor:
     """Affine matrices from the raw numbers of the affine head.
 
@@ -119,14 +138,14 @@ def affine_matrix(parameters: Tensor) -> Tensor:
         parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
         rotation, scale, translation, shear = parameters.split([len(planes), ndim, ndim, ndim * (ndim - 1)], 1)
         eye = torch.eye(ndim, dtype=parameters.dtype, device=parameters.device)
-        angle = rotation.clamp(-1, 1) * MAX_ROTATION
+        angle = _Bounded.apply(rotation) * MAX_ROTATION
         linear = eye
         for (i, j), theta in zip(planes, angle.unbind(1), strict=True):  # about axis 0 first, axis 2 last
             linear = _plane_rotation(eye, i, j, theta) @ linear
-        linear = (scale.clamp(-1, 1) * MAX_SCALING + 1)[:, :, None] * linear
+        linear = (_Bounded.apply(scale) * MAX_SCALING + 1)[:, :, None] * linear
         slots = torch.eye(ndim * ndim, dtype=eye.dtype, device=eye.device)  # one-hot rows
         slots = slots[1:].view(ndim - 1, ndim + 1, -1)[:, :-1].flatten(0, 1)  # those off the diagonal
-        tangent = (shear.clamp(-1, 1) * MAX_SHEAR).tan()
+        tangent = (_Bounded.apply(shear) * MAX_SHEAR).tan()
         shears = eye + (tangent @ slots).view(-1, ndim, ndim)
         return torch.cat([shears @ linear, translation[..., None]], -1)
 

@@ -204,9 +204,19 @@ def test_all_but_the_translation_is_clamped(ndim, sign):
     assert (affine_matrix(far)[..., -1] == 7 * sign).all()
 
 
+@pytest.mark.parametrize(("way", "kept"), [(1.0, False), (-1.0, True)])
+def test_a_clamped_number_still_gets_the_gradient_that_leads_back(way, kept):
+    far = numbers(3, rotation=[3.0, 0, 0], scale=[0, 3.0, 0], shear=[0, 0, 3.0, 0, 0, 0]).requires_grad_()
+    inside = numbers(3, rotation=[0.9, 0, 0], scale=[0, 0.9, 0], shear=[0, 0, 0.9, 0, 0, 0]).requires_grad_()
+    goal = affine_matrix(far).detach() + way * (affine_matrix(far) - affine_matrix(inside)).detach()
+    (affine_matrix(far) - goal).square().sum().backward()
+    outside = far.grad[0, far[0] == 3]
+    assert len(outside) == 3 and ((outside > 0) == kept).all() and ((outside == 0) != kept).all()
+
+
 @pytest.mark.parametrize("count", [7, 15])
-def test_the_affine_matrix_has_the_gradient_of_finite_differences(count):
-    parameters = (0.4 * rnd("gradient", (2, count))).double().requires_grad_()
+def test_the_affine_matrix_has_the_gradient_of_finite_differences_within_its_bounds(count):
+    parameters = (0.4 * rnd("gradient", (2, count))).clamp(-0.95, 0.95).double().requires_grad_()
     assert torch.autograd.gradcheck(affine_matrix, parameters)
 
 
