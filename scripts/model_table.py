@@ -58,6 +58,25 @@ def transfer_table(task: str) -> str:
     return "\n".join(rows)
 
 
+def ablation_table() -> str:
+    """Dice of a head alone on the frozen features of each arm, bold where it is surely another than from scratch."""
+    result = json.loads((ROOT / "benchmarks/results/ablation.json").read_text())
+    columns: list[dict[str, str]] = []
+    for task, name in (("ct_lungs", "lungs"), ("hippocampus", "hippocampus")):
+        comparisons = result["probed"][task]["comparisons"]
+        for n in sorted({c["count"] for c in comparisons}):
+            cells = {"": f"{name}, {n}", "---": "---"}
+            for c in (c for c in comparisons if c["count"] == n):
+                arm = c["model"].removeprefix("./")
+                backbone = result["arms"][arm].get("backbone", "unet")
+                cells.setdefault(f"scratch, {backbone}", f"{c['scratch']:.1f}")
+                sure = "**" if c["effect"] in ("helps", "hurts") else ""
+                cells[arm] = f"{sure}{c['zoo']:.1f}{sure}"
+            columns.append(cells)
+    names = sorted(columns[0], key=lambda name: (name != "", name != "---", "scratch" not in name))
+    return "\n".join(f"| {name} | {' | '.join(c[name] for c in columns)} |" for name in names)
+
+
 def correspond_table() -> str:
     """How far matched points lie from where the anatomy truly is, over pairs of synthetic subjects."""
     result = json.loads((ROOT / "benchmarks/results/correspond.json").read_text())
@@ -98,6 +117,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "transfer_hippocampus": partial(transfer_table, "hippocampus"),
     },
     "docs/architectures.md": {"architectures": architecture_table},
+    "docs/objectives.md": {"ablation": ablation_table},
     "docs/correspond.md": {"correspond": correspond_table},
 }
 

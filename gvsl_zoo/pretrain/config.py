@@ -66,7 +66,6 @@ class PretrainConfig(RunConfig):
     views: share of the pairs of scans that are two views of one scan, in poses of their own.
     apart: share of the other pairs whose images have poses of their own, as if nobody had laid them alike.
     bent: share of pairs whose images show other contrasts, each along a curve of its own.
-    frozen: the backbone stays as it is, and the heads alone learn.
     scales: resolutions in which images are compared, from full to 1 / 2^(scales - 1); the mean is the term `ncc`.
     """
 
@@ -97,7 +96,6 @@ class PretrainConfig(RunConfig):
     apart: float = 0.0
     bent: float = 0.0
     scales: int = 1
-    frozen: bool = False
     learning_rate: float = 2e-3  # peak; cosine to zero
     warmup_steps: int = 100
     clip_norm: float = 1.0
@@ -120,8 +118,6 @@ class PretrainConfig(RunConfig):
             (self.unit not in (None, *UNITS.get(self.ndim, ())), f"unit {self.unit!r} with ndim {self.ndim}"),
             (self.objective == "gemini" and self.known, "displacement, affine or contrast with objective 'gemini'"),
             (self.objective == "gemini" and self.scales > 1, "scales with objective 'gemini'"),
-            (self.objective == "gemini" and self.frozen, "frozen with objective 'gemini'"),
-            (self.frozen and self.contrast > 0, "contrast, which no head learns from, with a frozen backbone"),
         ):
             if wrong:
                 raise ArgumentError(f"{what} in the settings of a run", "see gvsl_zoo.pretrain.config.PretrainConfig")

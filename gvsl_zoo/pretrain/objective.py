@@ -105,8 +105,6 @@ class Pretraining(nn.Module):
         self.matches = config.objective != "restoration"
         self.restores = config.objective != "matching"
         outputs = (model.fc_rot, model.fc_scl, model.fc_trans, model.fc_shear)
-        if config.frozen:
-            model.unet.freeze()
         for heads, used in (
             ((model.f_conv, *outputs), config.objective in ("gvsl", "matching")),
             ((model.sp_conv, model.out_flow), self.matches),
