@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ from gvsl_zoo.pretrain.config import XMORPHER_WIDTH, PretrainConfig
 from gvsl_zoo.pretrain.data import ScanPairs
 from gvsl_zoo.pretrain.loop import pretrain
 from gvsl_zoo.pretrain.run import last_record
+from gvsl_zoo.recipes import read_recipe, training_scans
 from gvsl_zoo.transfer.bench import bench
 from gvsl_zoo.transfer.cases import read_cases
-from scripts.train_nano import training_scans
 
 ARMS: dict[str, dict[str, Any]] = {
     "gvsl": {},
@@ -50,7 +51,8 @@ def train(name: str, config: PretrainConfig, data: Path, out: Path) -> dict[str,
             print(f"{name}, step {record['step']}: loss {record['loss']:.3f}", flush=True)
 
     if not (out / "README.md").exists():  # a finished run has its card
-        pairs = ScanPairs(training_scans(data, config), config.crop)
+        recipe = replace(read_recipe("gvsl-unet-ct-nano"), settings=config)
+        pairs = ScanPairs(training_scans(recipe, data), config.crop)
         pretrain(config, out, pairs, device="cpu", progress=say)
     record = last_record(out)
     return {key: round(record[key], 4) for key in VALIDATED if key in record}

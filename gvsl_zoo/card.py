@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, distribution
 
 from . import __version__
-from .registry import Evaluation, ModelEntry
+from .errors import RegistryError
+from .registry import Evaluation, InputStatistics, ModelEntry, Proof, model_info
 
 LIBRARY = "gvsl-zoo"
 HUB_LICENCES = {  # the Hub's names, which are those of SPDX in small letters; it knows more
     *("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0"),
     *("cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "openrail"),
 }
+PICTURES = {  # beside the card, as NAME-KIND.png: what scripts/card_pictures.py draws
+    "features": "A scan, and the first three principal components of its features as red, green and blue.",
+    "voxels": "Features of labelled voxels, by t-SNE: without training on the left, of this model on the right.",
+    "matches": "Fixed and moving anatomy, and the moving one as the model brings it onto the fixed.",
+    "curves": "Learning curves.",
+}
 TASK_TYPES = {"segmentation": "image-segmentation", "classification": "image-classification"}  # the Hub's names
 
 
-def card_files(entry: ModelEntry, repo: str | None = None) -> dict[str, str]:
+def card_files(entry: ModelEntry, repo: str | None = None, pictures: Collection[str] = ()) -> dict[str, str]:
     """README.md (the card), config.json, preprocessor_config.json and LICENSE, by their names.
 
     Args:
         repo: the repository on the Hub for which they are made, to tell how to load it from there.
+        pictures: names of the files that lie beside the card; of them it shows those that it knows (`PICTURES`).
     """
     config = {"library_name": LIBRARY, "library_version": __version__, "entry": entry.to_dict()}
     return {
-        "README.md": model_card(entry, repo),
+        "README.md": model_card(entry, repo, pictures),
         "config.json": json.dumps(config, indent=2) + "\n",
         "preprocessor_config.json": json.dumps(entry.to_dict()["input"], indent=2) + "\n",
         "LICENSE": licence_text(entry),
@@ -45,16 +54,21 @@ def licence_text(entry: ModelEntry) -> str:
     return f"Weights: {terms.weights}\nCode: {terms.code}\nTraining data: {terms.data}\n"
 
 
-def model_card(entry: ModelEntry, repo: str | None = None) -> str:
-    """The card in Markdown, with the Hub's metadata in front."""
+def model_card(entry: ModelEntry, repo: str | None = None, pictures: Collection[str] = ()) -> str:
+    """The card in Markdown, with the Hub's metadata in front; the arguments are those of `card_files`."""
+    known, proof = entry.input_statistics, entry.proof
+    shown = [(name, text) for kind, text in PICTURES.items() if (name := f"{entry.name}-{kind}.png") in pictures]
     sections = [
         f"# {entry.name}\n\n{entry.summary}",
         f"Research use only: not a medical device.\n\n{_usage(entry, repo)}",
         f"## Input\n\n{_input(entry)}",
+        *([f"What the training images were:\n\n{_statistics(known, entry)}"] if known else []),
         *([f"## Labels\n\n{_labels(entry)}"] if entry.labels else []),
         f"## Model\n\n{_model(entry)}",
         f"## Training\n\n{_training(entry)}",
         f"## Evaluation\n\n{_evaluation(entry)}",
+        *(["## Pictures\n\n" + "\n\n".join(f"![{text}]({name})\n\n{text}" for name, text in shown)] if shown else []),
+        *([f"## Proof\n\n{_proof(proof, entry.name, repo)}"] if proof else []),
         f"## Limits\n\n{entry.limits or 'None stated.'}",
         f"## Licence\n\n{_licence(entry)}",
         f"## Citation\n\n{entry.citation}",
@@ -83,11 +97,24 @@ def _metadata(entry: ModelEntry) -> str:
         license_name=None if licence in HUB_LICENCES else "see-LICENSE",
         library_name=LIBRARY,
         pipeline_tag=TASK_TYPES.get(entry.trained_head or "", "image-feature-extraction"),
+        datasets=list(entry.datasets) or None,
+        base_model=_base_on_hub(entry),
         tags=["medical-imaging", f"{entry.ndim}d", entry.modality, entry.objective, entry.architecture],
         model_name=entry.name if results else None,
         eval_results=results or None,
     )
     return data.to_yaml().rstrip()
+
+
+def _base_on_hub(entry: ModelEntry) -> str | None:
+    """The repository of the model that this one was made from, which is all that the Hub takes as a base."""
+    if entry.base_model is None or "/" in entry.base_model:
+        return entry.base_model
+    try:
+        sources = model_info(entry.base_model).sources
+    except RegistryError:  # of another registry than this machine's
+        return None
+    return next((source.repo for source in sources if source.kind == "hub"), None)
 
 
 def _usage(entry: ModelEntry, repo: str | None) -> str:
@@ -115,6 +142,30 @@ def _input(entry: ModelEntry) -> str:
     return "\n".join(rows)
 
 
+def _statistics(known: InputStatistics, entry: ModelEntry) -> str:
+    unit = entry.input.intensity.unit
+    values = ", ".join(f"{value:g}" for value in known.percentiles)
+    rows = [f"- {known.images} images; 0.5th, 5th, 50th, 95th and 99.5th percentile: {values} ({unit})"]
+    if known.air:
+        rows.append(f"- voxels below -200 HU: {100 * known.air[0]:.0f} to {100 * known.air[1]:.0f} %")
+    for what, pair in (("spacing", known.spacing_mm), ("field of view", known.field_of_view_mm)):
+        if pair:
+            least, most = (" x ".join(f"{mm:g}" for mm in end) for end in pair)
+            rows.append(f"- {what} along x, y, z: {least} to {most} mm")
+    if known.orientations:
+        rows.append(f"- stored as {', '.join(known.orientations)}")
+    return "\n".join(rows)
+
+
+def _proof(proof: Proof, name: str, repo: str | None) -> str:
+    outputs = ", ".join(dict.fromkeys(one.output for one in proof.digests))
+    return (
+        f"`gvsl-zoo verify --maths {f'hf-hub:{repo}' if repo else name}` computes {outputs} on images of the formula "
+        f"{proof.input} and compares them with {len(proof.digests)} digests that this entry carries: within "
+        f"{proof.tolerance:g} SD in float32, {proof.tolerance_bf16:g} in bfloat16."
+    )
+
+
 def _labels(entry: ModelEntry) -> str:
     rows = ["| channel | name | value in label files |", "|---|---|---|"]
     return "\n".join(rows + [f"| {i} | {label.name} | {label.value} |" for i, label in enumerate(entry.labels)])
@@ -133,7 +184,12 @@ def _training(entry: ModelEntry) -> str:
         return "Not stated."
     known = entry.training
     text = f"{known.recipe}; {known.data}; {known.steps} steps"
-    return f"{text} in {known.seconds:.0f} s on {known.hardware}." if known.seconds and known.hardware else f"{text}."
+    text += f" in {known.seconds:.0f} s on {known.hardware}." if known.seconds and known.hardware else "."
+    if entry.base_model:
+        text += f" Made from {entry.base_model}."
+    if f"recipes/{entry.name}.yaml" in known.recipe:
+        text += f"\n\nTo repeat it: `gvsl-zoo reproduce {entry.name} --data DATA --out RUN`."
+    return text
 
 
 def _evaluation(entry: ModelEntry) -> str:

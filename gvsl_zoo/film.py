@@ -1,19 +1,43 @@
-"""Films: grey PNG and DICOM pictures, as arrays and as volumes of one slice, and what a 2D model expects of them."""
+"""Films: grey PNG and DICOM pictures, as arrays and as volumes of one slice, and what a 2D model expects of them.
+
+A film's world is its own plane: x along the columns, y down the rows, from the middle of the first pixel; in
+millimetres where the file says how large a pixel is, else in pixels, which count as 1 mm.
+"""
 
 from __future__ import annotations
 
+import io
+import math
 import os
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import VolumeError
-from .volume import Prepared, Preprocessing, Volume, is_dicom, own_locale, prepare, read_volume
+from .errors import ArgumentError, VolumeError
+from .transforms import Affine
+from .volume import (
+    Prepared,
+    Preprocessing,
+    Volume,
+    check_output,
+    is_dicom,
+    own_locale,
+    prepare,
+    read_volume,
+    write_volume,
+)
+from .weights import write_whole
 
 EIGHT_BITS = 255
+FRAME_MM = 400.0  # of a film's longer axis where it does not say: chest films are 350 to 430 mm long
+MATCHED_PIXELS = 512  # along the longer axis of the grid that films are matched on; the size of He et al. 2025
+SLICED = ("CT", "MR", "PT", "NM")  # modalities whose DICOM files are slices of volumes
+SPACING_TAGS = ("0028|0030", "0018|1164", "0018|2010")  # PixelSpacing, ImagerPixelSpacing, NominalScannedPixelSpacing
 
 
 @dataclass(frozen=True)
@@ -65,6 +89,128 @@ def read_film(path: str | os.PathLike[str]) -> Volume:
     return Volume(pixels.T[:, :, None], np.eye(4), path=path)
 
 
+def is_film(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a .png, or a DICOM file that is no slice of a volume: its modality is none of `SLICED`."""
+    path = Path(path)
+    return path.suffix.lower() == ".png" or _dicom_spacing(path) is not None
+
+
+def read_scan(path: str | os.PathLike[str]) -> Volume:
+    """A film in the millimetres that it knows, as a volume of one slice, or else a volume. Errors: VolumeError."""
+    if not is_film(path):
+        return read_volume(path)
+    x, y = _dicom_spacing(Path(path)) or (1.0, 1.0)
+    return replace(read_film(path), affine=np.diag([x, y, 1.0, 1.0]))
+
+
+def read_for(scan: Volume | str | os.PathLike[str], recipe: Preprocessing | FilmPreprocessing) -> Volume:
+    """A film or a volume, given or read, as the model wants it.
+
+    Errors: VolumeError for a file that cannot be read, or a volume for a model of films; ArgumentError for a film for a
+        model of volumes.
+    """
+    if isinstance(recipe, FilmPreprocessing):
+        return one_slice(scan if isinstance(scan, Volume) else read_scan(scan))
+    if not isinstance(scan, Volume) and Path(scan).is_file() and is_film(scan):
+        remedy = "choose a 2D model: gvsl_zoo.list_models(ndim=2)"
+        raise ArgumentError(f"{str(scan)!r} is a film, the model one of volumes", remedy)
+    return scan if isinstance(scan, Volume) else read_volume(scan)
+
+
+def on_film(picture: Volume, film: Volume) -> Volume:
+    """A mask or label map of a film's pixels in the place of the film; VolumeError for another size."""
+    if picture.shape != film.shape:
+        cause = f"a mask or label map of {picture.shape[:2]} pixels for a film of {film.shape[:2]} (columns, rows)"
+        raise VolumeError(cause, "give one with a value for every pixel of the film")
+    return replace(picture, affine=film.affine)
+
+
+def write_film(film: Volume, path: str | os.PathLike[str], *, like: np.dtype, overwrite: bool = False) -> None:
+    """Write a film as .png, of 8 bits where `like` has no more and else of 16, rounded; another name as `write_volume`.
+
+    Errors: VolumeError for values that a PNG does not hold, and for what cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        write_volume(film, path, overwrite=overwrite)
+        return
+    check_output(path, film.path, overwrite)
+    try:
+        from PIL import Image
+    except ImportError:
+        raise VolumeError("a .png file needs Pillow", "pip install 'gvsl-zoo[io]'") from None
+    if like.kind == "f":
+        raise VolumeError(f"a PNG has no place for {like} pixels", "end the output in .nii.gz")
+    kind = np.uint8 if like.itemsize == 1 else np.uint16
+    pixels = np.round(film.data[:, :, 0].T)
+    if pixels.min() < 0 or pixels.max() > np.iinfo(kind).max:
+        cause = f"values from {pixels.min():g} to {pixels.max():g} have no place in a PNG of {np.dtype(kind)}"
+        raise VolumeError(cause, "end the output in .nii.gz")
+    content = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels, kind)).save(content, "png")
+    try:
+        write_whole(path, content.getvalue())
+    except OSError as error:
+        raise VolumeError(f"cannot write {str(path)!r}: {error.strerror}", "check permissions and free space") from None
+
+
+def known_size(film: Volume) -> bool:
+    """Whether a film says how large its pixels are: one of exactly 1 mm is of unknown size."""
+    return film.spacing_mm[:2] != (1.0, 1.0)
+
+
+def together(fixed: Volume, moving: Volume) -> tuple[Affine, Affine]:
+    """From the worlds of two films to one in which they lie frame on frame: centre on centre, and in millimetres.
+
+    Unless both films know the size of their pixels, the longer axis of each is taken to span `FRAME_MM`.
+    """
+    known, affines = known_size(fixed) and known_size(moving), []
+    for film in (fixed, moving):
+        scale = 1.0 if known else FRAME_MM / _extent(film).max()
+        matrix = np.diag([scale, scale, 1.0, 1.0])
+        middle = film.affine @ [*((n - 1) / 2 for n in film.shape), 1.0]
+        matrix[:3, 3] = -(matrix @ middle)[:3]
+        affines.append(Affine(matrix))
+    return affines[0], affines[1]
+
+
+class Laid(NamedTuple):
+    """Two films on the grids that they are matched on, and `together` of them."""
+
+    fixed: Prepared
+    moving: Prepared
+    together: tuple[Affine, Affine]
+
+
+def lay_frames(fixed: Volume, moving: Volume, recipe: FilmPreprocessing) -> Laid:
+    """Lay a film over another, frame on frame.
+
+    The grid is the model's size, or else of square pixels of one size in both films, `MATCHED_PIXELS` along the longer
+    axis of the fixed one at most.
+
+    Errors: VolumeError for a volume of several slices.
+    """
+    films = one_slice(fixed), one_slice(moving)
+    affines = together(*films)
+    extents = [affine.matrix[0, 0] * _extent(film) for film, affine in zip(films, affines, strict=True)]
+    pixel_mm = max(affines[0].matrix[0, 0] * min(fixed.spacing_mm[:2]), extents[0].max() / MATCHED_PIXELS)
+    prepared = []
+    for film, extent in zip(films, extents, strict=True):
+        width, height = (max(1, round(float(side) / pixel_mm)) for side in extent)
+        prepared.append(prepare_film(film, replace(recipe, size=recipe.size or (height, width))))
+    return Laid(prepared[0], prepared[1], affines)
+
+
+def _extent(film: Volume) -> np.ndarray:
+    """What a film spans along its columns' and rows' axes, (2,)."""
+    return np.array(film.shape[:2]) * film.spacing_mm[:2]
+
+
+def flattened(x: Tensor, recipe: Preprocessing | FilmPreprocessing) -> Tensor:
+    """(..., 1, H, W) as (..., H, W) for a model of films; as it is for one of volumes."""
+    return x.squeeze(-3) if isinstance(recipe, FilmPreprocessing) else x
+
+
 def one_slice(volume: Volume) -> Volume:
     """The volume itself; VolumeError if it has several slices."""
     if volume.shape[2] > 1:
@@ -79,6 +225,29 @@ def read_pixels(path: Path, unit: str = "arbitrary") -> np.ndarray:
     unit: "grey" (8 bits, more are refused) or "arbitrary".
     """
     return _dicom_pixels(path, unit) if is_dicom(path) else _png_pixels(path, unit)
+
+
+@own_locale()
+def _dicom_spacing(path: Path) -> tuple[float, float] | None:
+    """Millimetres of a pixel along x and y of a DICOM film, 1 where it does not say; None for anything else."""
+    if not is_dicom(path):
+        return None
+    with suppress(ImportError, RuntimeError):
+        import SimpleITK as sitk
+
+        sitk.ProcessObject.SetGlobalWarningDisplay(False)
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(path))
+        reader.ReadImageInformation()
+        if reader.HasMetaDataKey("0008|0060") and reader.GetMetaData("0008|0060").strip() in SLICED:
+            return None
+        for tag in filter(reader.HasMetaDataKey, SPACING_TAGS):
+            with suppress(ValueError):
+                row, column = map(float, reader.GetMetaData(tag).split("\\"))
+                if min(row, column) > 0 and max(row, column) < math.inf:
+                    return column, row
+        return 1.0, 1.0
+    return None
 
 
 @own_locale()

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -65,7 +65,8 @@ def _plain(text: str) -> str:
     return text
 
 
-def _relative(text: str) -> str:
+def relative_path(text: str) -> str:
+    """A plain path that starts at no root; ValueError for any other."""
     if Path(text).anchor:
         raise ValueError(f"expected a relative path, got {_short(text)}")
     return _plain(text)
@@ -94,6 +95,7 @@ Count = Annotated[int, _count]
 Byte = Annotated[int, _byte]
 Head = Literal["affine", "deformable", "deformer", "restoration", "segmentation", "classification"]
 Status = Literal["available", "upstream", "planned"]
+Record = TypeVar("Record")
 ConfigValue = Any  # int, float, bool, str, None or a tuple of these
 
 
@@ -108,7 +110,7 @@ class Source:
     repo: Repo | None = None
     id: DriveId | None = None
     revision: Revision | None = None
-    file: Annotated[str, _relative] | None = None
+    file: Annotated[str, relative_path] | None = None
     path: Annotated[str, _plain] | None = None
     bytes: Count | None = None
     sha256: Sha256 | None = None
@@ -187,6 +189,14 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Ledger:
+    """Scans that training saw, as `ledger.scan_hash` tells them; complete: whether it saw no others."""
+
+    complete: bool
+    scans: tuple[Sha256, ...] = ()
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One number; with a command it was measured with this package, without one it is the paper's."""
 
@@ -200,12 +210,42 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Proof:
-    """A self-test: `digest`, numbers taken from the output on the formula `input`, holds within `tolerance`."""
+class Digest:
+    """Numbers taken from one output of a model on one formula image: mean, SD, and weighted sums (`proof.digest`)."""
 
-    input: str
-    digest: tuple[float, ...]
+    image: Word
+    output: Word
+    numbers: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A self-test: on images from the formula `input`, with voxels of `spacing_mm`, the outputs have these digests.
+
+    The tolerances are in SDs of each output: in float32, and in bfloat16.
+    """
+
+    input: Word
+    digests: tuple[Digest, ...]
     tolerance: float
+    tolerance_bf16: float
+    spacing_mm: tuple[float, ...] | None = None  # along x, y, z; films have none
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """What the training images were, before they were prepared; pairs are the least and the most of the images.
+
+    Percentiles are the 0.5th, 5th, 50th, 95th and 99.5th, in the input's unit, means over the images. Air is the share
+    of voxels below -200 HU. Spacing and field of view are along x, y, z (RAS+), whatever the files' own axes.
+    """
+
+    images: Count
+    percentiles: tuple[float, float, float, float, float]
+    air: tuple[float, float] | None = None
+    spacing_mm: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    field_of_view_mm: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    orientations: tuple[Orientation, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,8 +269,12 @@ class ModelEntry:
     licence: Licence
     citation: str
     training: Training | None = None
+    ledger: Ledger = Ledger(complete=False)
     evaluation: tuple[Evaluation, ...] = ()
     limits: str | None = None  # what the weights are not good for
+    input_statistics: InputStatistics | None = None
+    datasets: tuple[str, ...] = ()  # public ones that it was trained on, by their names
+    base_model: str | None = None  # that it was fine-tuned from: of the registry, or org/repo on the Hub
     proof: Proof | None = None
 
     def __post_init__(self) -> None:
@@ -311,6 +355,21 @@ class _Reader:
         line = at if isinstance(at, int) else at.start_mark.line + 1
         raise RegistryError(f"{self.where}:{line}: {problem}", remedy)
 
+    def read(self, path: Path, what: str) -> yaml.Node:
+        """The content of a file; `what` names its kind in errors."""
+        try:
+            with path.open("rb") as file:
+                data = file.read(MAX_BYTES + 1)
+        except OSError as error:
+            raise RegistryError(f"cannot read the {what} {path} ({error.strerror})") from error
+        if len(data) > MAX_BYTES:
+            self.refuse(1, f"larger than {MAX_BYTES:,} bytes, which no {what} is")
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            self.refuse(data.count(b"\n", 0, error.start) + 1, "not UTF-8 text")
+        return self.compose(text)
+
     def compose(self, text: str) -> yaml.Node:
         if bad := _CONTROL.search(text):
             line = text.count("\n", 0, bad.start()) + 1
@@ -322,7 +381,7 @@ class _Reader:
             self.refuse(mark.line + 1 if mark else 1, f"not plain YAML: {error.problem}")
         except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: escapes beyond Unicode
             self.refuse(1, f"not YAML: {error}")
-        return node if node is not None else self.refuse(1, "empty", "a registry starts with schema_version: 1")
+        return node if node is not None else self.refuse(1, "empty", "write fields (key: value)")
 
     def pairs(self, node: yaml.Node, name: str) -> dict[str, tuple[yaml.Node, yaml.Node]]:
         if not isinstance(node, yaml.MappingNode):
@@ -351,7 +410,8 @@ class _Reader:
         if origin is tuple:
             return self.sequence(args, node, name)
         if origin is dict:
-            return {key: self.free(value, f"{name}.{key}") for key, (_, value) in self.pairs(node, name).items()}
+            item = self.free if args[1] is ConfigValue else partial(self.build, args[1])
+            return {key: item(value, f"{name}.{key}") for key, (_, value) in self.pairs(node, name).items()}
         if is_dataclass(kind):
             return self.record(kind, node, name)
         return self.scalar(kind, node, name)
@@ -436,20 +496,9 @@ def _own_path() -> Path:
 @lru_cache
 def _read(path: Path) -> dict[str, ModelEntry]:
     """The entries of one file, read once in a process."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise RegistryError(f"cannot read the registry {path} ({error.strerror})") from error
     own = path == _own_path()
     reader = _Reader(FILE_NAME if own else path, None if own else path.parent)
-    if len(data) > MAX_BYTES:
-        reader.refuse(1, f"larger than {MAX_BYTES:,} bytes, which no registry is")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        reader.refuse(data.count(b"\n", 0, error.start) + 1, "not UTF-8 text")
-    root = reader.compose(text)
+    root = reader.read(path, "registry")
     top = reader.pairs(root, "registry")
     version = reader.build(Count, top["schema_version"][1], "schema_version") if "schema_version" in top else 0
     if version > SCHEMA_VERSION:
@@ -467,6 +516,13 @@ def _read(path: Path) -> dict[str, ModelEntry]:
     return entries
 
 
+def read_record(kind: type[Record], path: Path) -> Record:
+    """A dataclass from a file of its own, read against its annotations as strictly as a registry."""
+    reader, what = _Reader(path, path.parent), kind.__name__.lower()
+    record: Record = reader.build(kind, reader.read(path, what), what)
+    return record
+
+
 def _check_status(entry: ModelEntry) -> None:
     if entry.status == "planned" and entry.sources:
         raise ValueError("a planned model has no sources yet")
@@ -479,21 +535,25 @@ def _check_status(entry: ModelEntry) -> None:
 # --- Asking ---------------------------------------------------------------------------------------------------
 
 _added: dict[str, ModelEntry] = {}
+_homes: dict[str, Path] = {}  # folders of the registries that these come from
 
 
 def _entries() -> dict[str, ModelEntry]:
     """Ours, then those of GVSL_ZOO_REGISTRY, then those of register_registry()."""
     entries = dict(_read(_own_path()))
-    for path in _named_by_environment():
-        if not path.is_dir():
-            _add(entries, _read(path), path)
-        elif (inside := path / FILE_NAME).exists():
-            _add(entries, _read(inside), inside)
+    for path in _files_of_environment():
+        _add(entries, _read(path), path)
     return _add(entries, _added, "register_registry()")
 
 
 def _named_by_environment() -> list[Path]:
     return [_full(path) for path in os.environ.get("GVSL_ZOO_REGISTRY", "").split(os.pathsep) if path]
+
+
+def _files_of_environment() -> list[Path]:
+    """Registries that GVSL_ZOO_REGISTRY names, or that lie in the folders it names."""
+    named = [(path, path / FILE_NAME if path.is_dir() else path) for path in _named_by_environment()]
+    return [file for path, file in named if file == path or file.exists()]
 
 
 def mirrors() -> list[Path]:
@@ -517,6 +577,7 @@ def register_registry(path: str | Path) -> list[str]:
     new = _read(_full(path))
     _add(_entries(), new, path)
     _added.update(new)
+    _homes.update(dict.fromkeys(new, _full(path).parent))
     return list(new)
 
 
@@ -560,3 +621,11 @@ def model_info(name: str) -> ModelEntry:
     near = get_close_matches(tried, entries, 3, 0.8) or get_close_matches(tried, entries, 1, 0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? See" if near else "see"
     raise RegistryError(f"unknown model {_short(str(name))}", f"{hint} gvsl_zoo.list_models().")
+
+
+def home_of(name: str) -> Path:
+    """The folder of the registry that lists a model."""
+    model_info(name)
+    if name in _added:
+        return _homes[name]
+    return next(path.parent for path in (_own_path(), *_files_of_environment()) if name in _read(path))

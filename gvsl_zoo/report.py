@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, GvslZooError
+from .film import together
 from .registry import Label
 from .transforms import Affine, Grid, warp_volume
 from .volume import Prepared, Volume, canonical_view
@@ -210,7 +211,9 @@ def matching_row(images: Mapping[str, Tensor], spacing_mm: Sequence[float], note
 def registration_picture(
     fixed: Volume, moving: Volume, found: Registration, path: str | os.PathLike[str], *, title: str = ""
 ) -> None:
-    """Two scans before and after registration, a checkerboard of both, and a lattice of the moving scan's millimetres.
+    """Two scans or films before and after registration, a checkerboard, and a lattice of the moving one's millimetres.
+
+    In a film whose pixels are of unknown size the squares have a twentieth of its longer axis.
 
     Args:
         path: the PNG file; written whole or not at all, replaced if it is there.
@@ -218,40 +221,50 @@ def registration_picture(
     Errors: GvslZooError when matplotlib is missing or the file cannot be written.
     """
     grid = found.displacement_mm.grid
-    unmoved = _as_headers_say(moving, grid)
+    unmoved = _as_headers_say(moving, fixed)
     (still, spacing), (before, _), (after, _) = (canonical_view(volume) for volume in (fixed, unmoved, found.warped))
     points = [  # where each voxel lies in the moving scan, mm along z, y, x
         canonical_view(Volume(places, grid.affine))[0] for places in reversed(_moved_mm(found).transpose(3, 0, 1, 2))
     ]
     image = torch.from_numpy(np.ascontiguousarray(still, np.float32))
     limits, centre = display_range(image), middle(image)
-    rows = []
-    for axis, name in ((1, "coronal"), (0, "axial")):
+    rows, film = [], fixed.shape[2] == moving.shape[2] == 1
+    step = LATTICE_MM if found.report["unit"] == "mm" else max(1, max(fixed.shape) // 20)
+    for axis, name in ((0, "film"),) if film else ((1, "coronal"), (0, "axial")):
         index = centre[axis]
+        turned = (slice(None, None, 1 if film else -1),) * 2
         row, column = (s for other, s in enumerate(spacing) if other != axis)
-        a, b, c = (array.take(index, axis)[::-1, ::-1].astype(np.float32) for array in (still, before, after))
+        a, b, c = (array.take(index, axis)[turned].astype(np.float32) for array in (still, before, after))
         lattice = np.ones_like(a)
         for other in {0, 1, 2} - {axis}:
-            place = points[other].take(index, axis)[::-1, ::-1] % LATTICE_MM
-            lattice[np.minimum(place, LATTICE_MM - place) < max(row, column) / 2] = 0
-        tiles = np.indices(a.shape) // max(1, round(CHECKER_MM / max(row, column)))
+            place = points[other].take(index, axis)[turned] % step
+            lattice[np.minimum(place, step - place) < max(row, column, max(a.shape) * row / 300) / 2] = 0
+        tiles = np.indices(a.shape) // max(1, round(CHECKER_MM / LATTICE_MM * step / max(row, column)))
         board = np.where(tiles.sum(0) % 2, c, a)
         shown = {"fixed": a, "moving, before": b, "moving, after": c, "fixed and moving, after": board}
         panels = [
-            Panel(pixels, (row, column), caption, limits, LETTERS[name], scale=caption == "fixed")
+            Panel(pixels, (row, column), caption, limits, LETTERS.get(name, ""), scale=caption == "fixed" and not film)
             for caption, pixels in shown.items()
         ]
-        panels.append(Panel(lattice, (row, column), f"every {LATTICE_MM} mm of moving", letters=LETTERS[name]))
-        rows.append(Row(name.capitalize(), _registration_note(found) if axis else "", panels))
+        panels.append(
+            Panel(
+                lattice, (row, column), f"every {step} {found.report['unit']} of moving", letters=LETTERS.get(name, "")
+            )
+        )
+        rows.append(Row(name.capitalize(), _registration_note(found) if axis or film else "", panels))
     draw(rows, title or "Registration", path)
 
 
-def _as_headers_say(moving: Volume, grid: Grid) -> Volume:
-    """The moving scan on the grid, where its header has it; empty where that is nowhere near."""
+def _as_headers_say(moving: Volume, fixed: Volume) -> Volume:
+    """The moving scan on the fixed grid where its header has it, a film frame on frame; empty where that is nowhere."""
+    start = np.eye(4)
+    if fixed.shape[2] == moving.shape[2] == 1:
+        still, moved = together(fixed, moving)
+        start = np.linalg.inv(moved.matrix) @ still.matrix
     try:
-        return warp_volume(moving, Affine(np.eye(4)), grid)
+        return warp_volume(moving, Affine(start), Grid.of(fixed))
     except ArgumentError:
-        return Volume(np.full(grid.shape, moving.data.min(), np.float32), grid.affine)
+        return Volume(np.full(fixed.shape, moving.data.min(), np.float32), fixed.affine)
 
 
 def _moved_mm(found: Registration) -> np.ndarray:
@@ -264,7 +277,7 @@ def _registration_note(found: Registration) -> str:
     numbers = found.report
     return (
         f"local correlation {numbers['ncc_before']:.2f} → {numbers['ncc_after']:.2f}; "
-        f"mean displacement {numbers['displacement_mm']:.0f} mm; folded {100 * numbers['folded']:.2g} %"
+        f"mean displacement {numbers['displacement_mm']:.0f} {numbers['unit']}; folded {100 * numbers['folded']:.2g} %"
     )
 
 
@@ -450,6 +463,35 @@ def bench_picture(report: Bench, path: str | os.PathLike[str]) -> None:
     metric = "Dice" if report.task == "segmentation" else "accuracy"
     grid[0, 0].set_ylabel(f"{metric}, %")
     grid[1, 0].set_ylabel("zoo − scratch, 95 % interval")
+    _save(figure, Path(path))
+
+
+def embedding_picture(
+    panels: Mapping[str, np.ndarray],
+    classes: np.ndarray,
+    names: Sequence[str],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "",
+) -> None:
+    """Points of two dimensions in the colours of their classes, an embedding a panel.
+
+    Args:
+        panels: points (N, 2) by the title of their panel.
+        classes: of the points, (N,), indices of `names`.
+    """
+    from matplotlib import colormaps
+
+    figure = _figure(6.0, title)
+    for axes, (what, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for index, name in enumerate(names):
+            colour = colormaps["tab20"](index % 20)
+            axes.scatter(*points[classes == index].T, s=9, color=colour, label=name, lw=0)
+        axes.set_title(what, size=11)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_color("#c9d1d9")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=9, frameon=False, markerscale=2.2)
     _save(figure, Path(path))
 
 

@@ -402,22 +402,23 @@ def to_displacement(transform: Transform, grid: Grid) -> Displacement:
 def jacobian(displacement: Displacement) -> Volume:
     """Local volume change of the map on the displacement's grid, float32; at most 0 where the map folds.
 
-    Derivatives in world millimetres: central differences, one-sided at the border; exact for affine maps.
-
-    Errors: ArgumentError for a grid with an axis of one voxel.
+    Derivatives in world millimetres: central differences, one-sided at the border; exact for affine maps. Along an axis
+    of one voxel nothing changes: of a film, it is the change of area.
     """
     grid, field = displacement.grid, displacement.field_mm
-    if min(grid.shape) < 2:
-        raise ArgumentError(f"a displacement of shape {grid.shape}", "a Jacobian needs at least 2 voxels an axis")
     to_world = np.linalg.inv(grid.affine[:3, :3])  # derivatives along i, j, k -> along x, y, z
     out = np.empty(grid.shape, np.float32)
     for start in range(0, grid.shape[0], BLOCK // 8):
         stop = min(start + BLOCK // 8, grid.shape[0])
         first = max(0, start - 1)
         slab = field[first : stop + 1].astype(np.float64)
-        slopes = [np.gradient(slab, axis=axis)[start - first :][: stop - start] for axis in range(3)]
+        slopes = [_slope(slab, axis)[start - first :][: stop - start] for axis in range(3)]
         out[start:stop] = np.linalg.det(np.stack(slopes, -1) @ to_world + np.eye(3))  # (i, j, k, component, axis)
     return Volume(out, grid.affine)
+
+
+def _slope(slab: np.ndarray, axis: int) -> np.ndarray:
+    return np.gradient(slab, axis=axis) if slab.shape[axis] > 1 else np.zeros_like(slab)
 
 
 def displacement_from_voxels(displacement: Tensor, prepared: Prepared) -> Displacement:
@@ -425,13 +426,15 @@ def displacement_from_voxels(displacement: Tensor, prepared: Prepared) -> Displa
 
     Args:
         displacement: (1, 3, D, H, W), voxels, channels (z, y, x); such as `Matching.displacement`, which has the affine
-            in it.
+            in it. Of a film (1, 2, H, W).
         prepared: the fixed scan as the model saw it, and the moving one resampled onto the same grid.
 
     Returns: axes (x, y, z), as of `prepared.place`.
     Errors: ArgumentError for another shape.
     """
     D, H, W = prepared.shape
+    if D == 1 and displacement.shape == (1, 2, H, W):
+        displacement = torch.cat([torch.zeros_like(displacement[:, :1]), displacement], 1)[:, :, None]
     if displacement.shape != (1, 3, D, H, W):
         raise ArgumentError(f"a displacement of shape {tuple(displacement.shape)}", f"expected {(1, 3, D, H, W)}")
     voxels = displacement[0].detach().float().cpu().numpy().transpose(3, 2, 1, 0)  # (W, H, D, 3)
@@ -443,15 +446,17 @@ def affine_from_voxels(affine: Tensor, prepared: Prepared) -> Affine:
     """A model's affine in the world.
 
     Args:
-        affine: (1, 3, 4), voxels (z, y, x) about the centre of the grid: p -> M (p - c) + c + t; see `spatial`.
+        affine: (1, 3, 4), voxels (z, y, x) about the centre of the grid: p -> M (p - c) + c + t; see `spatial`. Of a
+            film (1, 2, 3).
         prepared: as for `displacement_from_voxels`.
 
     Errors: ArgumentError for another shape.
     """
-    if affine.shape != (1, 3, 4):
+    first = 1 if prepared.shape[0] == 1 and affine.shape == (1, 2, 3) else 0  # a film keeps z
+    if not first and affine.shape != (1, 3, 4):
         raise ArgumentError(f"an affine of shape {tuple(affine.shape)}", "expected (1, 3, 4)")
     voxels, centre = np.eye(4), (np.array(prepared.shape) - 1) / 2
-    voxels[:3] = affine[0].detach().double().cpu().numpy()
+    voxels[first:3, first:] = affine[0].detach().double().cpu().numpy()
     voxels[:3, 3] += centre - voxels[:3, :3] @ centre
     return Affine(prepared.affine @ voxels @ np.linalg.inv(prepared.affine))
 
@@ -734,10 +739,13 @@ class PointTable(NamedTuple):
     rows: list[list[str]]
 
 
-def read_points(path: str | os.PathLike[str], *, lps: bool = False) -> PointTable:
+def read_points(path: str | os.PathLike[str], *, lps: bool = False, film: bool = False) -> PointTable:
     """Points of a CSV with columns x, y, z in millimetres; other columns may stand beside them.
 
-    Args: lps: the file holds ITK's LPS, as ANTs' point files do.
+    Args:
+        lps: the file holds ITK's LPS, as ANTs' point files do.
+        film: the points lie in a film, z is 0 where there is no column of it.
+
     Errors: VolumeError for a file that is not such a table, with the row at fault.
     """
     path = Path(path)
@@ -747,15 +755,17 @@ def read_points(path: str | os.PathLike[str], *, lps: bool = False) -> PointTabl
                 columns, *rows = [row for row in csv.reader(file) if row] or [[]]
         except (UnicodeDecodeError, csv.Error) as error:
             raise VolumeError(f"not a CSV file: {error}", "give a CSV with columns x, y, z") from None
-        if missing := [axis for axis in "xyz" if axis not in columns]:
-            raise VolumeError(f"no column {listed(missing)}", "name the columns x, y, z in the first line")
-        places = [columns.index(axis) for axis in "xyz"]
-        points = np.full((len(rows), 3), math.nan)
+        axes = "xy" if film and "z" not in columns else "xyz"
+        if missing := [axis for axis in axes if axis not in columns]:
+            raise VolumeError(f"no column {listed(missing)}", f"name the columns {', '.join(axes)} in the first line")
+        places = [columns.index(axis) for axis in axes]
+        points = np.zeros((len(rows), 3))
         for number, row in enumerate(rows):
+            points[number, : len(axes)] = math.nan
             with suppress(ValueError, IndexError):
-                points[number] = [float(row[place]) for place in places]
+                points[number, : len(axes)] = [float(row[place]) for place in places]
             if len(row) != len(columns) or not np.isfinite(points[number]).all():
-                cause = f"row {number + 1} is not {len(columns)} cells with numbers in x, y, z"
+                cause = f"row {number + 1} is not {len(columns)} cells with numbers in {', '.join(axes)}"
                 raise VolumeError(cause, "mend it or leave it out")
         return PointTable(points * np.diag(LPS)[:3] if lps else points, columns, rows)
 
@@ -771,6 +781,7 @@ def write_points(
     writer.writeheader()
     for row, point in zip(table.rows, table.points_mm * np.diag(LPS)[:3] if lps else table.points_mm, strict=True):
         cells = dict(zip(table.columns, row, strict=True))
-        writer.writerow(cells | {axis: f"{value:.4f}" for axis, value in zip("xyz", point, strict=True)})
+        moved = {axis: f"{value:.4f}" for axis, value in zip("xyz", point, strict=True) if axis in cells}
+        writer.writerow(cells | moved)
     with _typed("write", path):
         write_whole(path, text.getvalue().encode())

@@ -379,7 +379,8 @@ def save_pretrained(
     """Write a backbone, a whole module or a trained head as a folder that `load` opens and the Hub understands.
 
     `model.safetensors` with its entry inside, `config.json`, `preprocessor_config.json`, the card as `README.md`, and
-    `LICENSE`. Where the weights are no longer those that were loaded, the entry says so and drops what was measured.
+    `LICENSE`. The entry gets a proof of these weights (`proof.prove`). Where they are no longer those that were loaded,
+    it says so and drops what was measured.
 
     Args:
         entry: default the one that the model was loaded with; that of a head of your own training needs `heads` and
@@ -394,6 +395,8 @@ def save_pretrained(
 def _save(
     model: nn.Module, folder: Path, entry: ModelEntry | None, dtype: torch.dtype, repo: str | None
 ) -> tuple[Path, ModelEntry]:
+    from .proof import prove  # late: it loads what it checks
+
     given, entry = entry, entry or getattr(model, "entry", None)
     if entry is None or not isinstance(model, Backbone | WholeModule | HeadedModel):
         raise ArgumentError(
@@ -418,9 +421,10 @@ def _save(
         entry = _changed(entry)
     if isinstance(model, Backbone):
         entry = replace(entry, heads=(), labels=())
-    entry = replace(entry, parameters=sum(tensor.numel() for tensor in tensors.values()))
+    count = sum(tensor.numel() for tensor in tensors.values())
+    entry = replace(entry, parameters=count, proof=prove(model, preprocessing(entry), stored=dtype))
     try:
-        for name, text in card_files(entry, repo).items():
+        for name, text in card_files(entry, repo, [path.name for path in folder.glob("*.png")]).items():
             write_whole(folder / name, text.encode())
         write_weights(tensors, path, {"format": "pt", METADATA_KEY: json.dumps(entry.to_dict())})
     except OSError as error:
@@ -469,7 +473,8 @@ def _own_name(name: str) -> str:
 def _changed(entry: ModelEntry) -> ModelEntry:
     note = f"These weights are not those of {entry.name}, from which they were made; nothing has been measured on them."
     limits = entry.limits if entry.limits and note in entry.limits else f"{note} {entry.limits or ''}".strip()
-    return replace(entry, sources=(), evaluation=(), proof=None, limits=limits)
+    ledger = replace(entry.ledger, complete=False)
+    return replace(entry, sources=(), evaluation=(), proof=None, limits=limits, ledger=ledger)
 
 
 def from_pretrained(name: str | os.PathLike[str], **settings: Any) -> nn.Module:

@@ -16,6 +16,7 @@ from gvsl_zoo.cli import main
 from gvsl_zoo.demo import as_volume
 from gvsl_zoo.errors import ArgumentError
 from gvsl_zoo.inference.segment import segment
+from gvsl_zoo.ledger import ledger_of
 from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.pretrain.anatomy import LABELS, sample_film, sample_subject
 from gvsl_zoo.transfer import bench as room
@@ -26,7 +27,7 @@ from gvsl_zoo.transfer.config import FinetuneConfig
 from gvsl_zoo.transfer.evaluate import overlap
 from gvsl_zoo.transfer.finetune import finetune
 from gvsl_zoo.volume import read_volume, write_volume
-from gvsl_zoo.zoo import save_pretrained
+from gvsl_zoo.zoo import load, save_pretrained
 
 NANO = "gvsl-unet-ct-nano"
 ORGANS = {"liver": LABELS["liver"], "spine": LABELS["spine"]}
@@ -197,6 +198,45 @@ def test_a_folder_with_another_bench_is_refused(cases, folder, done, change, nam
 def test_what_cannot_be_is_refused_before_anything_is_trained(cases, tmp_path, change, message):
     with pytest.raises(ArgumentError, match=message):
         bench(cases, [NANO], CONFIG, tmp_path, device="cpu", **change)
+
+
+@pytest.fixture(scope="module")
+def knowing(cases, tmp_path_factory):
+    """The model as if it had seen a case that is tested on, and one that is not; and the tested one's name."""
+    pool, test = hold_out(cases)
+    model = load(NANO)
+    ledger = ledger_of([*test[0].images, *pool.cases[0].images])
+    path = tmp_path_factory.mktemp("knowing") / "model"
+    save_pretrained(model, path, entry=replace(model.entry, ledger=ledger))
+    return str(path), test[0].name
+
+
+def test_a_test_on_what_pretraining_saw_is_refused_before_anything_is_trained(cases, knowing, tmp_path):
+    model, name = knowing
+    with pytest.raises(ArgumentError, match=rf"has seen 1 of 2 test cases in training: .*images/{name}\.nii\.gz"):
+        bench(cases, [NANO, model], CONFIG, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_allowed_overlap_is_reported_with_the_verdicts(cases, knowing, tmp_path, monkeypatch):
+    def invent(self, cells, say):
+        random = np.random.default_rng(0)
+        return {cell: {"scores": {case.name: random.random() for case in self.test}} for cell in cells}
+
+    monkeypatch.setattr(Trainings, "run", invent)
+    model, name = knowing
+    options = {"counts": [1], "modes": ["linear"], "device": "cpu", "allow_overlap": True}
+    report = bench(cases, [model], CONFIG, tmp_path, **options)
+    assert report.to_dict()["seen in training"] == {model: [name]}
+    assert report.lines()[-1] == f"{model} saw test cases in training: {name}"
+
+
+def test_a_test_case_that_is_also_trained_on_under_another_name_is_refused(folder, tmp_path):
+    rows = [f"{folder}/images/{name}.nii.gz,{folder}/labels/{name}.nii.gz,train,{name}" for name in "abc"]
+    rows.append(f"{folder}/images/b.nii.gz,{folder}/labels/b.nii.gz,test,other")
+    (tmp_path / "cases.csv").write_text("\n".join(["image,label,split,case", *rows]))
+    with pytest.raises(ArgumentError, match=r"the data set to train on has seen 1 of 1 test cases"):
+        bench(read_cases(tmp_path / "cases.csv", labels=ORGANS), [NANO], CONFIG, tmp_path / "out", device="cpu")
 
 
 # --- Verdicts -------------------------------------------------------------------------------------------------------

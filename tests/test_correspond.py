@@ -133,7 +133,7 @@ def test_what_the_other_scan_does_not_show_has_no_match(scan: Volume, net: nn.Mo
 def test_a_scan_of_several_windows_is_matched_as_in_one(
     scan: Volume, points: np.ndarray, net: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "WINDOW", 6)
+    monkeypatch.setitem(room.WINDOW, 3, 6)
     seen = []
     matcher = Matcher(scan, scan, net, progress=lambda done, total: seen.append((done, total)))
     assert len(seen) > 4 and seen == [(n, seen[0][1]) for n in range(1, seen[0][1] + 1)]
@@ -225,7 +225,7 @@ def test_matches_between_subjects_are_nearer_to_the_truth_than_the_same_place(ne
 
 def test_no_grid_makes_more_blocks_than_may_be_compared() -> None:
     for shape in ((96, 96, 96), (512, 512, 600), (40, 2000, 40)):
-        sizes = type("Scan", (), {"prepared": type("Grid", (), {"shape": shape})})
+        sizes = type("Scan", (), {"body": torch.zeros(1, dtype=torch.bool).expand(shape)})
         edge = room._edge(sizes, sizes)  # type: ignore[arg-type]
         assert math.prod(shape) / edge**3 <= room.MOST_BLOCKS and edge >= 4
 

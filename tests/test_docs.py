@@ -20,10 +20,13 @@ from click.testing import CliRunner
 from drive_server import DriveServer, confirm_page, file
 from hub_server import Hub
 
-from gvsl_zoo import drive, read_volume, registry, write_volume
+from gvsl_zoo import convention, drive, load, read_volume, registry, save_pretrained, write_volume
 from gvsl_zoo.cli import main
 from gvsl_zoo.demo import as_volume
-from gvsl_zoo.pretrain.anatomy import LABELS, sample_subject
+from gvsl_zoo.film import read_film
+from gvsl_zoo.models.gemini import GEMINI
+from gvsl_zoo.models.unet import UNet
+from gvsl_zoo.pretrain.anatomy import LABELS, sample_film, sample_subject
 from gvsl_zoo.pretrain.config import PRESETS, Objective, PretrainConfig
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -54,6 +57,8 @@ def somewhere(tmp_path, monkeypatch, released):
     monkeypatch.setattr(registry, "_added", {})
     torch.save(released.unet.state_dict(), "checkpoint.pth")
     Path("GVSL3D-UNet.pth").symlink_to("checkpoint.pth")
+    write_volume(as_volume(sample_subject((40, 36, 44), torch.Generator().manual_seed(0), (8.0,) * 3)), "scan.nii.gz")
+    monkeypatch.setattr(convention, "EDGE", 16)  # the rankings are not looked at
     server = DriveServer()
     server.answers = [confirm_page("/download"), file(Path("checkpoint.pth").read_bytes())]
     monkeypatch.setattr(drive, "ORIGIN", server.url())
@@ -127,6 +132,20 @@ def test_every_block_of_the_page_on_pretraining_runs_in_order(tmp_path, monkeypa
 
 
 @pytest.mark.slow
+def test_every_block_of_the_page_on_reproducing_runs_in_order(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GVSL_ZOO_REGISTRY", raising=False)
+    write_volume(as_volume(sample_subject((20, 18, 22), torch.Generator().manual_seed(0), (9.0,) * 3)), "scan.nii.gz")
+    recipe = re.search(r"```yaml\n(.*?)```", (DOCS / "reproduce.md").read_text(), re.DOTALL)
+    Path("lab/recipes").mkdir(parents=True)
+    Path("lab/recipes/gvsl-lab.yaml").write_text(recipe[1])
+    names, blocks = run_blocks("reproduce.md", monkeypatch)
+    assert blocks == 5 and names["known"].complete and capsys.readouterr().out.endswith("True ()\n")
+    assert load("./again").entry.name == "gvsl-lab" and load("./again").entry.ledger.complete
+
+
+@pytest.mark.slow
 def test_every_block_of_the_page_on_finetuning_runs_in_order(tmp_path, monkeypatch):
     for package in ("accelerate", "monai"):
         pytest.importorskip(package)
@@ -186,10 +205,24 @@ def test_the_presets_of_the_page_are_those_of_the_package():
         assert row in (DOCS / "pretrain.md").read_text()
 
 
+def put_films():
+    """Two films with labels, and a model of films, in the folder of the page."""
+    fromarray = pytest.importorskip("PIL.Image", reason="needs gvsl-zoo[io]").fromarray
+    for seed, name in enumerate("ab"):
+        drawn = sample_film((96, 96), torch.Generator().manual_seed(seed), (4.0, 4.0))
+        fromarray((255 * drawn.image).byte().numpy()).save(f"{name}.png")
+        fromarray(drawn.masks[0].byte().numpy()).save(f"{name}_labels.png")
+    entry = replace(registry.model_info("gemini-unet-xray"), config={"ndim": 2, "width": 8}, sources=())
+    entry = replace(entry, status="available", heads=("deformer", "restoration"), input=replace(entry.input, size=None))
+    generator = torch.Generator().manual_seed(0)
+    save_pretrained(GEMINI(UNet(2, 8, generator=generator), generator=generator), "film-model", entry=entry)
+
+
 @pytest.mark.slow
 def test_every_block_of_the_page_on_registration_runs_in_order(tmp_path, monkeypatch):
     pytest.importorskip("SimpleITK")
     monkeypatch.chdir(tmp_path)
+    put_films()
     for seed, name in enumerate(("fixed", "moving")):
         subject = sample_subject((48, 48, 48), torch.Generator().manual_seed(seed), (6.0, 6.0, 6.0))
         scan = as_volume(subject)
@@ -198,7 +231,10 @@ def test_every_block_of_the_page_on_registration_runs_in_order(tmp_path, monkeyp
     middle = scan.affine @ [*(n / 2 for n in scan.shape), 1]
     Path("landmarks.csv").write_text("x,y,z\n" + ",".join(map(str, middle[:3])) + "\n")
     names, blocks = run_blocks("register.md", monkeypatch)
-    assert blocks == 5 and names["found"].report["ncc_after"] > names["found"].report["ncc_start"]
+    assert blocks == 7 and names["found"].report["ncc_after"] > names["found"].report["ncc_start"]
+    b_on_a, ours = names["sitk"].GetArrayFromImage(names["b_on_a"])[0], read_film("b-on-a.png").data[:, :, 0].T
+    assert np.abs(b_on_a - ours)[8:-8, 8:-8].mean() < 1.0 and Path("films.png").is_file()  # grey values of 255
+    assert read_film("b-labels-on-a.png").data.max() == 1
     ours = read_volume("warped.nii.gz").data
     theirs = names["sitk"].GetArrayFromImage(names["warped"]).transpose(2, 1, 0)
     assert np.abs(ours - theirs)[4:-4, 4:-4, 4:-4].mean() < 1.0  # HU
@@ -212,8 +248,9 @@ def test_every_block_of_the_page_on_correspondence_runs_in_order(tmp_path, monke
         subject = sample_subject((34, 30, 40), torch.Generator().manual_seed(seed), (6.0, 6.0, 6.0))
         write_volume(as_volume(subject), f"{name}.nii.gz")
     Path("landmarks.csv").write_text("name,x,y,z\ncarina,2,-10,30\n")
+    put_films()
     names, blocks = run_blocks("correspond.md", monkeypatch)
-    assert blocks == 2 and names["found"].confidence.shape == (2,) and names["heat"].shape == (40, 30, 34)
+    assert blocks == 3 and names["found"].confidence.shape == (2,) and names["heat"].shape == (40, 30, 34)
     assert Path("matches.csv").read_text().startswith("name,x,y,z,confidence\ncarina,")
     assert Path("heat/point-1.nii.gz").is_file()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from gvsl_zoo import load, save_pretrained
 from gvsl_zoo.cli import main
 from gvsl_zoo.errors import ArgumentError, VolumeError
+from gvsl_zoo.ledger import ledger_of
 from gvsl_zoo.pretrain.anatomy import LABELS, sample_subject
-from gvsl_zoo.transfer.evaluate import evaluate, overlap
+from gvsl_zoo.transfer.evaluate import evaluate, lines, overlap
 from gvsl_zoo.volume import Volume, write_volume
 
 AFFINE = np.diag([1.5, 2.0, 4.0, 1.0])
@@ -203,6 +206,62 @@ def test_the_command_scores_synthetic_organs_and_its_exit_code_tells_of_a_missin
         ("a", "aorta", "both", "0.0"),
     ]
     assert (tmp_path / "out/scores.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- What the model has seen ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two cases, each a scan, its labels and the same as prediction; and a model that saw the scan of b."""
+    folder, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for name in "ab":
+        write_volume(Volume(random.integers(-1024, 1024, (24, 24, 24)).astype(np.int16), AFFINE), _made(folder, name))
+        write(folder / "labels", name, cube([5, 5, 5]))
+    model = load("gvsl-unet-ct-nano")
+    entry = replace(model.entry, ledger=ledger_of([folder / "images/b.nii.gz"]))
+    save_pretrained(model, folder / "model", entry=entry)
+    return folder
+
+
+def _made(folder, name):
+    (folder / "images").mkdir(exist_ok=True)
+    return folder / f"images/{name}.nii.gz"
+
+
+def test_cases_that_the_model_has_seen_are_refused_and_allowed_ones_are_reported(data):
+    words = {"predictions": data / "labels", "references": data, "model": data / "model"}
+    with pytest.raises(ArgumentError, match=r"has seen 1 of 2 test cases in training: .*images/b\.nii\.gz"):
+        evaluate(**words)
+    found = evaluate(**words, allow_overlap=True)
+    assert found.seen == ("b",) and found.to_dict()["seen in training"] == ["b"]
+    assert lines(found)[-1] == "the model saw 1 of 2 cases in training: b"
+    new = evaluate(data / "labels", data, model="gvsl-unet-ct-nano")
+    assert new.seen == () and len(lines(new)) == len(lines(found)) - 1
+    assert evaluate(data / "labels", data).seen is None
+
+
+def test_scans_are_known_from_what_segment_wrote_beside_its_label_maps(data, tmp_path):
+    for name in "ab":
+        write(tmp_path, name, cube([5, 5, 5]))
+    words = {"predictions": tmp_path, "references": data / "labels", "model": data / "model"}
+    with pytest.raises(ArgumentError, match=r"the scans of a, b are not known, and so not whether .* has seen them"):
+        evaluate(**words)
+    for name in "ab":
+        (tmp_path / f"{name}.json").write_text(json.dumps({"input": str(data / f"images/{name}.nii.gz")}))
+    assert evaluate(**words, allow_overlap=True).seen == ("b",)
+
+
+def test_a_classification_of_scans_that_the_model_has_seen_is_refused_too(data, tmp_path):
+    (tmp_path / "p.csv").write_text("case,healthy,ill\na,0.2,0.8\nb,0.9,0.1\n")
+    rows = [f"{data / 'images'}/{name}.nii.gz,{label}" for name, label in (("a", "ill"), ("b", "healthy"))]
+    (tmp_path / "r.csv").write_text("\n".join(["image,label", *rows]))
+    words = ["evaluate", "--predictions", str(tmp_path / "p.csv"), "--references", str(tmp_path / "r.csv")]
+    words += ["--task", "classification", "--model", str(data / "model"), "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2 and "images/b.nii.gz" in result.output and not (tmp_path / "out").exists()
+    result = CliRunner().invoke(main, [*words, "--allow-overlap", "--json"])
+    assert result.exit_code == 0 and json.loads(result.stdout)["seen in training"] == ["b"]
 
 
 # --- Classification -------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from gvsl_zoo import Volume, features, load, pooled_features, register, save_pretrained, segment
+from gvsl_zoo import Volume, features, load, pooled_features, save_pretrained, segment
 from gvsl_zoo.cli import main
-from gvsl_zoo.errors import ArgumentError, VolumeError
+from gvsl_zoo.errors import VolumeError
 from gvsl_zoo.film import FilmPreprocessing, prepare_film, read_film, read_pixels
 from gvsl_zoo.models.heads import SegmentationModel
 from gvsl_zoo.models.unet import UNet
@@ -157,9 +157,3 @@ def test_the_command_writes_features_of_a_film(model, pixels, tmp_path):
     result = CliRunner().invoke(main, list(map(str, call)))
     assert result.exit_code == 0, result.output
     assert nib.load(tmp_path / "out.nii.gz").shape == (56, 40, 1, 8)
-
-
-def test_films_are_not_registered(model, pixels, tmp_path):
-    film = read_film(write_png(tmp_path / "a.png", pixels))
-    with pytest.raises(ArgumentError, match="a 2D model for a volume; choose a 3D model"):
-        register(film, film, model)

@@ -18,17 +18,18 @@ from PIL import Image
 from gvsl_zoo import load, model_info, registry, save_pretrained
 from gvsl_zoo.cli import main
 from gvsl_zoo.errors import ArgumentError, TrainingError, VolumeError
+from gvsl_zoo.ledger import LeakageWarning, file_hash, ledger_of
 from gvsl_zoo.models.heads import ClassificationModel, SegmentationModel
 from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.pretrain.anatomy import LABELS, sample_film, sample_subject
 from gvsl_zoo.pretrain.learner import make_accelerator
 from gvsl_zoo.pretrain.run import Run
 from gvsl_zoo.transfer import data, finetune
-from gvsl_zoo.transfer.cases import read_cases
+from gvsl_zoo.transfer.cases import read_cases, split_cases
 from gvsl_zoo.transfer.config import FinetuneConfig, settings_of
 from gvsl_zoo.transfer.data import Patches, box, jitter, make_batch, prepare_cases
 from gvsl_zoo.transfer.entry import input_of
-from gvsl_zoo.transfer.finetune import Supervised, build, make_learner
+from gvsl_zoo.transfer.finetune import Supervised, build, make_learner, seen_by_run
 from gvsl_zoo.transfer.validate import area, confusion, validate
 from gvsl_zoo.volume import InputWarning
 
@@ -398,6 +399,26 @@ def test_the_model_of_a_run_carries_its_labels_its_input_and_its_origin(scans, t
     assert f"made from {NANO} (Apache-2.0)" in entry.licence.weights and "He et al." in entry.citation
     assert entry.input.window == (16, 16, 16) and input_of(settings(mode="linear"), entry).window == (96, 96, 96)
     assert entry.objective == "supervised" and entry.tasks == ("backbone", "segmentation", "classification")
+
+
+def test_a_run_carries_the_ledger_of_its_weights_and_the_scans_it_trained_and_validated_on(scans, tmp_path):
+    files = sorted((scans / "images").iterdir())
+    data = replace(lungs(scans), cases=(*lungs(scans).cases[:3], replace(lungs(scans).cases[3], split="test")))
+    base, own = load(NANO).entry.ledger, {file_hash(path) for path in files[:3]}
+    again = train(data, tmp_path / "a", 1).entry.ledger
+    assert again.complete and set(again.scans) == {*base.scans, *own}
+    scratch = train(data, tmp_path / "b", 1, from_scratch=True).entry.ledger
+    assert scratch.complete and set(scratch.scans) == own
+
+
+def test_validation_on_what_was_seen_is_warned_of(scans):
+    split = split_cases(lungs(scans), validation=0.3)
+    known = ledger_of(split.val[0].images)
+    with pytest.warns(LeakageWarning, match=f"or the weights saw before: {split.val[0].name}$"):
+        assert len(seen_by_run(split, known).scans) == 4
+    twice = split._replace(train=(*split.train, replace(split.val[0], name="again")))
+    with pytest.warns(LeakageWarning, match=f": {split.val[0].name}$"):
+        seen_by_run(twice, ledger_of([]))
 
 
 def test_a_runs_folder_serves_its_head_its_backbone_and_new_heads(scans, tmp_path):

@@ -10,11 +10,12 @@ import torch
 from formula import DATA, assert_as_recorded, fill, image, recorded, rnd, weight
 
 from gvsl_zoo import Affine, Volume, convert, load, model_info, register, save_pretrained
-from gvsl_zoo.errors import ArgumentError
+from gvsl_zoo.errors import ArgumentError, VolumeError
 from gvsl_zoo.losses import GEMINI_WEIGHTS, gemini_terms, restoration_loss
 from gvsl_zoo.models.backbone import pad_to_multiple
 from gvsl_zoo.models.gemini import GEMINI, Deformer
 from gvsl_zoo.models.unet import UNet
+from gvsl_zoo.models.xmorpher import XMorpher
 from gvsl_zoo.pretrain import loop
 from gvsl_zoo.pretrain.anatomy import sample_subject
 from gvsl_zoo.pretrain.augment import damage
@@ -252,6 +253,38 @@ def test_checkpointing_changes_no_gradient():
     assert all(map(torch.equal, *gradients))
 
 
+# --- On an XMorpher -----------------------------------------------------------------------------------------------
+
+
+def on_xmorpher(ndim):
+    generator = torch.Generator().manual_seed(0)
+    return GEMINI(XMorpher(ndim, 16, generator=generator), generator=generator)
+
+
+@pytest.mark.parametrize("size", [(9, 20, 14), (37, 50)], ids=str)
+def test_on_an_xmorpher_features_and_displacements_have_the_size_of_the_pair(size):
+    model, (fixed, moving) = on_xmorpher(len(size)).eval(), pair(*size)
+    with torch.no_grad():
+        match = model(fixed, moving)
+        restored = model.restore(moving)
+    assert match.f_fixed.shape == match.f_moving.shape == (2, 8, *size)
+    assert match.displacement_ab.shape == match.displacement_ba.shape == (2, len(size), *size)
+    assert restored.shape == moving.shape
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("size", [(64, 32, 36), (64, 72)], ids=str)
+def test_on_an_xmorpher_every_parameter_gets_a_gradient(size, bf16):
+    model, (fixed, moving) = on_xmorpher(len(size)).eval(), pair(*size, batch=1)  # no path is dropped
+    batch = Batch(fixed, moving, moving, fixed[:, :0], fixed[:, :0])
+    changed = {"crop": size, "bf16": bf16, "backbone": "xmorpher", "width": 16}
+    for task in tasks_of(model, settings(len(size), **changed)):
+        sum(task(batch, seeded("cpu", 0)).values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
 # --- A run --------------------------------------------------------------------------------------------------------
 
 
@@ -272,6 +305,14 @@ def test_a_run_logs_the_terms_of_both_updates_and_what_validation_measures(train
     measured = {"ncc_before", "ncc_after", "dice_before", "dice_after", "folded", "psnr_restored", "bottleneck_sd"}
     assert measured <= log[-1].keys() and not {"dice_affine", "affine_sd"} & log[-1].keys()
     assert (folder / "curves.png").exists() and (folder / "pair.png").exists() == (ndim == 3)
+
+
+def test_a_run_in_bf16_stays_finite(tmp_path):
+    pytest.importorskip("accelerate")
+    model = loop.pretrain(settings(2, bf16=True, backbone="xmorpher", width=16), tmp_path / "run", device="cpu")
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 2 and all(np.isfinite(list(record.values())).all() for record in log)
+    assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in model.parameters())
 
 
 def test_a_runs_folder_opens_for_every_task_and_says_what_it_is(trained):
@@ -352,7 +393,7 @@ def test_registration_takes_the_way_from_the_moving_scan_to_the_fixed_one(traine
 def test_a_trained_run_registers_two_scans(trained):
     ndim, folder, _ = trained
     if ndim == 2:
-        with pytest.raises(ArgumentError, match="a 2D model for a volume; choose a 3D model"):
+        with pytest.raises(VolumeError, match="a volume of 24 slices for a model of films"):
             register(scan(1), scan(2), load(folder, task="registration"))
         return
     found = register(scan(1), scan(2), load(folder, task="registration"), refine=6)

@@ -15,6 +15,7 @@ from gvsl_zoo.cli import main
 from gvsl_zoo.errors import ArgumentError, WeightsError
 from gvsl_zoo.integrations.onnx import export_onnx
 from gvsl_zoo.models.unet import UNet
+from gvsl_zoo.models.xmorpher import XMorpher
 from gvsl_zoo.registry import ModelEntry
 
 NAME = "gvsl-unet-ct-nano"
@@ -130,6 +131,15 @@ def test_images_are_exported_as_volumes_are(tmp_path):
     path = export_onnx(model, tmp_path / "net.onnx")
     for batch, chans, *shape in SHAPES:
         assert_same(path, model, next(images(batch, chans, *shape[:2])))
+
+
+@pytest.mark.slow
+def test_an_xmorpher_of_images_is_exported_for_one_shape(tmp_path):
+    pytest.importorskip("onnxscript")
+    model = XMorpher(2, 16, generator=torch.Generator().manual_seed(0)).eval()
+    model.entry = load(NAME).entry
+    path = export_onnx(model, tmp_path / "net.onnx", shape=(37, 50))
+    assert_same(path, model, next(images(1, 1, 37, 50)))
 
 
 @pytest.mark.slow

@@ -147,7 +147,8 @@ def test_the_wheel_holds_what_is_needed_and_no_more(wheel):
     embedded = {f"gvsl_zoo/embedded/{path.name}" for path in (ROOT / "gvsl_zoo" / "embedded").iterdir()}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "gvsl_zoo").rglob("*.py")}
     page = {str(path.relative_to(ROOT)) for path in (ROOT / "gvsl_zoo" / "view" / "page").glob("*")}  # if built
-    assert embedded | modules | page | {"gvsl_zoo/weights_registry.yaml"} <= set(names)
+    recipes = {f"gvsl_zoo/recipes/{path.name}" for path in (ROOT / "recipes").iterdir()}
+    assert embedded | modules | page | recipes | {"gvsl_zoo/weights_registry.yaml"} <= set(names)
     assert any(re.fullmatch(r"[^/]+\.dist-info/(licenses/)?LICENSE", name) for name in names)
     assert {name.split("/")[0] for name in names} == {"gvsl_zoo", f"gvsl_zoo-{gvsl_zoo.__version__}.dist-info"}
     assert len(names) == len(set(names)) and not [name for name in names if re.search(r"(^|/)tests?[/_]|\.pyc", name)]
@@ -165,10 +166,11 @@ def test_the_installed_wheel_works_without_the_checkout(installed):
         "model = gvsl_zoo.load('gvsl-unet-ct-nano', task='pretraining')\n"
         "print(model.load_report.origin, model.load_report.loaded)\n"
         "import importlib.metadata; print(importlib.metadata.version('gvsl-zoo'))\n"
+        "from gvsl_zoo.recipes import read_recipe; print(read_recipe('gvsl-unet-ct-nano').seconds)\n"
     ).splitlines()
     assert Path(lines[0]).is_relative_to(target) and lines[1] == lines[4] == gvsl_zoo.__version__
     assert json.loads(lines[2]) == gvsl_zoo.list_models()
-    assert lines[3].startswith(str(target)) and int(lines[3].split()[-1]) > 0
+    assert lines[3].startswith(str(target)) and int(lines[3].split()[-1]) > 0 and float(lines[5]) > 0
 
 
 @pytest.mark.slow

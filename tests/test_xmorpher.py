@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -459,8 +461,18 @@ def test_compiled_is_the_same_on_an_odd_size():
 
 
 @pytest.mark.slow
-def test_exported_is_the_same_on_an_odd_size():
-    model, x = xmorpher(3), noise(1, 1, 13, 16, 27)
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_to_machine_code_is_the_same_on_an_odd_size():
+    model, x = xmorpher(2), noise(1, 1, 37, 50)
+    torch.compiler.reset()
+    with torch.no_grad():
+        close(torch.compile(model)(x), model(x), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(13, 16, 27), (37, 50)], ids=str)
+def test_exported_is_the_same_on_odd_sizes(size):
+    model, x = xmorpher(len(size)), noise(1, 1, *size)
     with torch.no_grad():
         close(torch.export.export(model, (x,)).module()(x), model(x))
 

@@ -29,6 +29,7 @@ from gvsl_zoo.models.gemini import GEMINI
 from gvsl_zoo.models.gvsl import GVSL
 from gvsl_zoo.models.heads import ClassificationModel, SegmentationModel
 from gvsl_zoo.models.unet import UNet
+from gvsl_zoo.proof import prove
 from gvsl_zoo.registry import Label, model_info, register_registry
 from gvsl_zoo.volume import Volume, write_volume
 from gvsl_zoo.weights import METADATA_KEY, open_weights, write_weights
@@ -529,7 +530,8 @@ def test_what_was_saved_loads_back_equal(name, given, tmp_path):
     back = load({"folder": path.parent, "file": path, "text": str(path)}[given], **TASKS[name])
     heads = model.entry.heads if name == "pretraining" else ()
     size = sum(parameter.numel() for parameter in model.parameters())
-    assert same_state(back, model) and back.entry == replace(model.entry, heads=heads, parameters=size)
+    expected = replace(model.entry, heads=heads, parameters=size, proof=prove(model))
+    assert same_state(back, model) and back.entry == expected
     assert back.load_report.stored_dtype == "float32" and back.load_report.origin == str(path)
 
 

@@ -12,9 +12,11 @@ from .common import load_for_registration, main, progress_bar, show, with_json, 
 
 
 @main.command("register")
-@click.option("--fixed", required=True, type=click.Path(path_type=Path), help="Scan that stays.")
-@click.option("--moving", required=True, type=click.Path(path_type=Path), help="Scan that is brought onto it.")
-@click.option("--warped-out", type=click.Path(path_type=Path), help="Moving scan on the fixed one's grid, .nii.gz.")
+@click.option("--fixed", required=True, type=click.Path(path_type=Path), help="Scan or film that stays.")
+@click.option("--moving", required=True, type=click.Path(path_type=Path), help="The one that is brought onto it.")
+@click.option(
+    "-o", "--warped-out", type=click.Path(path_type=Path), help="Moving scan on the fixed grid, .nii.gz; a film .png."
+)
 @click.option("--transform-out", type=click.Path(path_type=Path), help="The whole transform for ITK and ANTs, .nii.gz.")
 @click.option("--affine-out", type=click.Path(path_type=Path), help="Its affine part, .tfm or .mat.")
 @click.option("--save-inverse", type=click.Path(path_type=Path), help="Its inverse on the moving scan's grid, .nii.gz.")
@@ -23,7 +25,7 @@ from .common import load_for_registration, main, progress_bar, show, with_json, 
 @click.option("--fixed-mask", type=click.Path(path_type=Path), help="Only there the fixed scan counts.")
 @click.option("--moving-mask", type=click.Path(path_type=Path), help="Only there the moving scan counts.")
 @click.option("--moving-labels", type=click.Path(path_type=Path), help="Label map of the moving scan to bring along.")
-@click.option("--labels-out", type=click.Path(path_type=Path), help="Where it goes, .nii.gz.")
+@click.option("--labels-out", type=click.Path(path_type=Path), help="Where it goes, .nii.gz; of a film .png.")
 @click.option(
     "--refine", type=click.IntRange(0), help="Steps of fitting to this pair.  [default: 0 with heads, else 90]"
 )
@@ -51,21 +53,27 @@ def register_command(
     device: str,
     as_json: bool,
 ) -> None:
-    """Register the scan --moving onto --fixed, and say how well they agree."""
+    """Register the scan or film --moving onto --fixed, and say how well they agree.
+
+    Films are .png or DICOM pictures, and want a 2D model.
+    """
+    from ..film import is_film, on_film, read_for, read_scan, write_film
+    from ..inference.features import recipe_of
     from ..inference.register import register
     from ..report import registration_picture
     from ..transforms import Grid, to_displacement, warp_volume, write_transform
-    from ..volume import check_output, read_volume, write_volume
+    from ..volume import check_output, write_volume
 
     if bool(moving_labels) != bool(labels_out):
         raise ArgumentError("--moving-labels and --labels-out go together", "give both")
+    images = (".nii", ".nii.gz", ".png") if is_film(moving) else (".nii", ".nii.gz")
     for path, endings in (
-        (warped_out, (".nii", ".nii.gz")),
+        (warped_out, images),
         (transform_out, (".nii", ".nii.gz", ".h5")),
         (affine_out, (".tfm", ".txt", ".mat")),
         (save_inverse, (".nii", ".nii.gz", ".h5")),
         (jacobian_out, (".nii", ".nii.gz")),
-        (labels_out, (".nii", ".nii.gz")),
+        (labels_out, images),
         (picture, (".png",)),
     ):
         if path and not path.name.endswith(endings):
@@ -73,8 +81,10 @@ def register_command(
         if path:
             check_output(path, fixed, overwrite)
             check_output(path, moving, overwrite)
-    still, moved = read_volume(fixed), read_volume(moving)
     model = load_for_registration(name, device)
+    still, moved = (read_for(path, recipe_of(model)) for path in (fixed, moving))
+    labels = read_scan(moving_labels) if moving_labels else None
+    labels = on_film(labels, moved) if labels and is_film(moving) else labels
     with progress_bar("register") as progress:
         found = register(
             moved,
@@ -88,7 +98,7 @@ def register_command(
         )
     grid = Grid.of(still)
     if warped_out:
-        write_volume(found.warped, warped_out, overwrite=overwrite)
+        write_film(found.warped, warped_out, like=moved.data.dtype, overwrite=overwrite)
     if transform_out:
         write_transform(found.displacement_mm, transform_out, overwrite=overwrite)
     if affine_out:
@@ -98,9 +108,9 @@ def register_command(
         write_transform(inverse, save_inverse, overwrite=overwrite)
     if jacobian_out:
         write_volume(found.jacobian, jacobian_out, overwrite=overwrite)
-    if moving_labels and labels_out:
-        labels = warp_volume(read_volume(moving_labels), found.displacement_mm, grid, nearest=True)
-        write_volume(labels, labels_out, overwrite=overwrite)
+    if labels and labels_out:
+        carried = warp_volume(labels, found.displacement_mm, grid, nearest=True)
+        write_film(carried, labels_out, like=labels.data.dtype, overwrite=overwrite)
     if picture:
         registration_picture(still, moved, found, picture, title=f"{moving.name} on {fixed.name}")
     outputs = (warped_out, transform_out, affine_out, save_inverse, jacobian_out, labels_out, picture)
@@ -108,8 +118,10 @@ def register_command(
 
 
 @main.command("warp")
-@click.option("-i", "--input", "scan", type=click.Path(path_type=Path), help="Moving scan or label map.")
-@click.option("--points", type=click.Path(path_type=Path), help="Instead: a CSV with columns x, y, z in RAS+ mm.")
+@click.option("-i", "--input", "scan", type=click.Path(path_type=Path), help="Moving scan, film or label map.")
+@click.option(
+    "--points", type=click.Path(path_type=Path), help="Instead: a CSV with columns x, y, z in RAS+ mm; of a film x, y."
+)
 @click.option("--fixed", type=click.Path(path_type=Path), help="Scan whose grid is wanted; with --points optional.")
 @click.option(
     "--transform", "paths", required=True, multiple=True, type=click.Path(path_type=Path), help="Of ITK, ANTs or ours."
@@ -117,7 +129,13 @@ def register_command(
 @click.option("--inverse", is_flag=True, help="Invert the transform, or the whole chain.")
 @click.option("--labels", is_flag=True, help="Take the nearest voxel and keep the type.")
 @click.option("--lps", is_flag=True, help="The points are in LPS, as ITK's and ANTs' are.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=".nii.gz; with --points .csv.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help=".nii.gz, of a film .png; with --points .csv.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 @with_json
 def warp_command(
@@ -139,27 +157,30 @@ def warp_command(
     (antsApplyTransforms lists them the other way round). Beyond its grid a displacement goes on with the values of its
     border, and a warning says so.
     """
+    from ..film import is_film, read_scan, write_film
     from ..transforms import Chain, Grid, read_points, read_transform, warp_volume, write_points
-    from ..volume import check_output, read_volume, write_volume
+    from ..volume import check_output
 
     if bool(scan) == bool(points) or (scan and (lps or not fixed)) or (points and labels):
         raise ArgumentError(
             "warp needs -i with --fixed [--labels], or --points [--fixed] [--lps]", "see gvsl-zoo warp --help"
         )
-    wanted = (".nii", ".nii.gz") if scan else (".csv",)
+    films = [path for path in (scan, fixed) if path and is_film(path)]
+    wanted = ((".nii", ".nii.gz", ".png") if films else (".nii", ".nii.gz")) if scan else (".csv",)
     if not output.name.endswith(wanted):
         raise ArgumentError(f"the output {output.name!r} has no ending for this", f"end it in {' or '.join(wanted)}")
     check_output(output, scan or points, overwrite)
     transforms = [read_transform(path) for path in reversed(paths)]
     transform = transforms[0] if len(transforms) == 1 else Chain(tuple(transforms))
     transform = transform.inverse() if inverse else transform
-    grid = Grid.of(read_volume(fixed)) if fixed else None
+    grid = Grid.of(read_scan(fixed)) if fixed else None
     if scan and grid:
-        volume = warp_volume(read_volume(scan), transform, grid, nearest=labels)
-        write_volume(volume, output, overwrite=overwrite)
+        source = read_scan(scan)
+        volume = warp_volume(source, transform, grid, nearest=labels)
+        write_film(volume, output, like=source.data.dtype, overwrite=overwrite)
         show({"output": str(output), "shape": list(volume.shape)}, as_json)
     elif points:
-        table = read_points(points, lps=lps)
+        table = read_points(points, lps=lps, film=bool(films))
         moved = transform.map(table.points_mm)
         write_points(table._replace(points_mm=moved.points_mm), output, lps=lps, overwrite=overwrite)
         facts = {"output": str(output), "points": len(table.rows)}
@@ -171,10 +192,14 @@ def warp_command(
 
 
 @main.command("correspond")
-@click.option("--fixed", required=True, type=click.Path(path_type=Path), help="Scan in which the points are.")
-@click.option("--moving", required=True, type=click.Path(path_type=Path), help="Scan in which they are sought.")
-@click.option("--points", type=click.Path(path_type=Path), help="A CSV with columns x, y, z in RAS+ mm.")
-@click.option("--point", "single", multiple=True, metavar="X,Y,Z", help="Instead: a point; may be repeated.")
+@click.option("--fixed", required=True, type=click.Path(path_type=Path), help="Scan or film in which the points are.")
+@click.option("--moving", required=True, type=click.Path(path_type=Path), help="The one in which they are sought.")
+@click.option(
+    "--points", type=click.Path(path_type=Path), help="A CSV with columns x, y, z in RAS+ mm; of a film x, y."
+)
+@click.option(
+    "--point", "single", multiple=True, metavar="X,Y,Z", help="Instead: a point; may be repeated; of a film X,Y."
+)
 @click.option("--lps", is_flag=True, help="Points and matches are in LPS, as ITK's and ANTs' are.")
 @click.option("--transform", type=click.Path(path_type=Path), help="Of 'register': the matches are sought around it.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help=".csv: the rows, moved, with a confidence.")
@@ -198,7 +223,8 @@ def correspond_command(
     device: str,
     as_json: bool,
 ) -> None:
-    """Find points of one scan in another, each with a confidence in [0, 1]."""
+    """Find points of one scan or film in another, each with a confidence in [0, 1]."""
+    from ..film import is_film
     from ..inference.correspond import Matcher, match_table, parse_points
     from ..transforms import read_points, read_transform, write_points
     from ..volume import check_output, write_volume
@@ -208,7 +234,8 @@ def correspond_command(
         raise ArgumentError("correspond needs --points or --point", "give one of the two")
     if output and output.suffix != ".csv":
         raise ArgumentError(f"the output {output.name!r} has no ending for this", "end it in .csv")
-    table = read_points(points, lps=lps) if points else parse_points(single, lps=lps)
+    film = is_film(fixed)
+    table = read_points(points, lps=lps, film=film) if points else parse_points(single, lps=lps, film=film)
     maps = [heat / f"point-{number}.nii.gz" for number in range(1, len(table.rows) + 1)] if heat else []
     if heat:
         heat.mkdir(parents=True, exist_ok=True)
@@ -259,6 +286,7 @@ def view_command(
     import tempfile
     import webbrowser
 
+    from ..film import is_film
     from ..inference.correspond import Matcher
     from ..inference.register import REFINING_STEPS, register
     from ..transforms import Grid, read_transform, warp_volume
@@ -267,6 +295,9 @@ def view_command(
     from ..volume import read_volume
     from ..zoo import load
 
+    if films := [path.name for path in (fixed, moving) if is_film(path)]:
+        remedy = "look at films with gvsl-zoo register --picture, or correspond --heat"
+        raise ArgumentError(f"the page shows volumes, not the film {films[0]!r}", remedy)
     if transform and registered:
         raise ArgumentError("--transform with --register", "give one of the two")
     page_files()  # before long work

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..errors import ArgumentError
 from ..pretrain.config import PRESETS
 from .common import DEFAULT_MODEL, main, progress_bar, show, with_json
 
+with_overlap = click.option("--allow-overlap", is_flag=True, help="Score cases seen in training too, and say which.")
 TERMS = ("ncc", "smoothness", "restoration", "cross_entropy", "soft_dice_loss")  # shown while training
 
 
@@ -206,6 +208,8 @@ def training_bar(steps: int) -> Iterator[Callable[[dict[str, float]], None]]:
     "--task", type=click.Choice(["segmentation", "classification"]), default="segmentation", show_default=True
 )
 @click.option("--tolerance-mm", type=float, default=2.0, show_default=True, help="Of the surface Dice.")
+@click.option("--model", help="Whose predictions they are: refuse cases that it saw in training. Name or path.")
+@with_overlap
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the tables.")
 @with_json
 def evaluate_command(
@@ -214,6 +218,8 @@ def evaluate_command(
     labels: str | None,
     task: str,
     tolerance_mm: float,
+    model: str | None,
+    allow_overlap: bool,
     output: Path,
     as_json: bool,
 ) -> None:
@@ -227,6 +233,8 @@ def evaluate_command(
             task=task,
             labels=parse_labels(labels),
             tolerance_mm=tolerance_mm,
+            model=model,
+            allow_overlap=allow_overlap,
             progress=progress,
         )
     found.write(output)
@@ -255,6 +263,7 @@ def evaluate_command(
 @click.option("--spacing-mm", type=float, help="Grid of the scans, isotropic.  [default: the models']")
 @click.option("--crop", type=click.IntRange(1), help="Voxels an axis of a patch.  [default: 64; films 256]")
 @click.option("--set", "others", multiple=True, metavar="NAME=VALUE", help="Any other setting of FinetuneConfig.")
+@with_overlap
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @with_json
 def bench_command(
@@ -267,6 +276,7 @@ def bench_command(
     modes: str,
     steps: int,
     others: tuple[str, ...],
+    allow_overlap: bool,
     device: str,
     as_json: bool,
     **named: Any,
@@ -288,12 +298,77 @@ def bench_command(
         seeds=seeds,
         modes=modes.split(","),
         device=device,
+        allow_overlap=allow_overlap,
         say=lambda line: click.echo(line, err=True),
     )
     if as_json:
         show(report.to_dict(), True)
     else:
         click.echo("\n".join([*report.lines(), f"every number: {out / 'results.json'}"]))
+
+
+@main.command("reproduce")
+@click.argument("name")
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of the recipe's scans.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the run; a run in it goes on.")
+@click.option("--check", is_flag=True, help="Measure the weights that there are instead, without data and training.")
+@click.option("--dry-run", is_flag=True, help="Say what it takes, check the files, and train nothing.")
+@click.option("--steps", type=click.IntRange(1), help="Take only so many steps, to try it: there is no verdict then.")
+@click.option("--threads", type=click.IntRange(1), help="Of the CPU.  [default: all]")
+@click.option("--workers", type=click.IntRange(0), default=1, show_default=True, help="Processes that draw ahead.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@with_json
+def reproduce_command(
+    name: str,
+    data: Path | None,
+    out: Path | None,
+    check: bool,
+    dry_run: bool,
+    steps: int | None,
+    threads: int | None,
+    workers: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Make the weights of the model NAME again as its recipe says, and compare them with what it claims.
+
+    Exit code 1 if a number is not reached.
+    """
+    import torch
+
+    from .. import recipes
+    from ..memory import keep_freed_memory
+    from ..pretrain.run import finished
+
+    keep_freed_memory()
+    if threads:
+        torch.set_num_threads(threads)
+    recipe = recipes.read_recipe(name)
+    if dry_run:
+        found = recipes.check_files(recipe, data) if data else []
+        show(recipe.needs | {"found": len(found), "files": recipe.origins}, as_json)
+        return
+    if check:
+        result = recipes.check(name, device=device)
+    else:
+        if out is None:
+            raise ArgumentError("no folder for the run", "give --out, or --check to measure the weights that there are")
+        if not as_json:
+            show(recipe.needs, False)
+        settings = replace(recipe.settings, steps=steps or recipe.settings.steps)
+        with training_bar(settings.steps) as progress:
+            options: dict[str, Any] = {"device": device, "workers": workers, "progress": progress}
+            if steps:
+                recipes.train(replace(recipe, settings=settings), out, data, **options)
+                show(finished(out), as_json)
+                return
+            result = recipes.reproduce(name, out, data, **options)
+    if as_json:
+        show(result.to_dict(), True)
+    else:
+        click.echo("\n".join(result.lines()))
+    if not result.reached:
+        click.get_current_context().exit(1)
 
 
 def parse_labels(text: str | None) -> dict[str, int] | None:

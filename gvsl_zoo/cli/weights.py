@@ -10,7 +10,9 @@ from typing import Any
 import click
 
 from ..errors import ArgumentError
-from .common import main, show, with_json
+from .common import DEFAULT_MODEL, main, progress_bar, show, with_json
+
+SHOWN = 7  # candidates of a ranking
 
 
 @main.command("list")
@@ -177,30 +179,104 @@ def push_command(name: str, repo: str, private: bool, branch: str | None, messag
 @main.command("verify")
 @click.argument("names", nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="Every model of the registry that is on this machine.")
+@click.option("--maths", is_flag=True, help="Also compute: the outputs on formula images against the model's proof.")
+@click.option("--device", help="With --maths: cpu (default), cuda, cuda:N or mps.")
+@click.option("--bf16", is_flag=True, help="With --maths: compute in bfloat16.")
 @with_cache_dir
 @with_json
-def verify_command(names: tuple[str, ...], everything: bool, cache_dir: Path | None, as_json: bool) -> None:
+def verify_command(
+    names: tuple[str, ...],
+    everything: bool,
+    maths: bool,
+    device: str | None,
+    bf16: bool,
+    cache_dir: Path | None,
+    as_json: bool,
+) -> None:
     """Read models NAMES (or paths) anew: bytes against the hash, tensors against the module. No network."""
     from ..doctor import verify
+    from ..proof import verify_maths
     from ..registry import list_models
     from ..sources import Access
 
     if bool(names) == everything:
         raise ArgumentError("verify needs names, or --all", "for instance gvsl-zoo verify gvsl-unet-ct-nano")
-    checks = [check for name in names or list_models() for check in verify(name, Access(cache_dir))]
+    if not maths and (device or bf16):
+        raise ArgumentError("--device and --bf16 go with --maths", "add it, or leave them out")
+    access, checks = Access(cache_dir), []
+    for name in names or list_models():
+        found = verify(name, access)
+        checks += found
+        if maths and any(check.verdict == "PASS" for check in found):
+            checks.append(verify_maths(name, access, device=device or "cpu", bf16=bf16))
     if everything:
         checks = [check for check in checks if check.verdict != "WARN"]
     show_checks(checks, as_json, fail_on=("FAIL", "WARN"))
 
 
 @main.command("doctor")
+@click.option("-i", "--input", "scan", type=click.Path(path_type=Path), help="A scan or film, instead of the machine.")
+@click.option("--model", "name", help="With --input: registry name or path of the model that it is for.")
+@click.option("--infer-preprocessing", is_flag=True, help="With --input: find which input the model was trained with.")
 @with_cache_dir
 @with_json
-def doctor_command(cache_dir: Path | None, as_json: bool) -> None:
-    """Say what works on this machine and how to mend what does not."""
+def doctor_command(
+    scan: Path | None, name: str | None, infer_preprocessing: bool, cache_dir: Path | None, as_json: bool
+) -> None:
+    """Say what works on this machine and how to mend what does not, or whether a scan is right for a model."""
     from ..doctor import diagnose
 
-    show_checks(diagnose(cache_dir), as_json, fail_on=("FAIL",))
+    if scan is None:
+        if name or infer_preprocessing:
+            raise ArgumentError("--model and --infer-preprocessing go with --input", "name a scan")
+        show_checks(diagnose(cache_dir), as_json, fail_on=("FAIL",))
+    elif infer_preprocessing:
+        _show_conventions(scan, name or DEFAULT_MODEL, cache_dir, as_json)
+    else:
+        from ..autopsy import autopsy
+
+        show_checks(autopsy(scan, entry_named(name or DEFAULT_MODEL, cache_dir)), as_json, fail_on=("FAIL",))
+
+
+def entry_named(name: str, cache_dir: Path | None) -> Any:
+    """The entry of a model: of the registry without its weights, otherwise of the file."""
+    from ..hub import PREFIX
+    from ..registry import model_info
+    from ..sources import is_path
+    from ..zoo import load
+
+    return load(name, cache_dir=cache_dir).entry if is_path(name) or name.startswith(PREFIX) else model_info(name)
+
+
+def _show_conventions(scan: Path, name: str, cache_dir: Path | None, as_json: bool) -> None:
+    """Rank the conventions that a model may have been trained with, a table a question."""
+    from ..convention import infer_preprocessing, whole_module
+    from ..sources import Access
+
+    model = whole_module(name, Access(cache_dir))
+    with progress_bar("conventions") as progress:
+        rankings = infer_preprocessing(scan, model, progress=progress)
+    if as_json:
+        facts: dict[str, Any] = {}
+        for ranking in rankings:
+            rows = [
+                {"choice": one.choice, "gain_db": one.gain, "behind_db": one.behind(ranking.candidates[0])}
+                | {"declared": one.declared}
+                for one in ranking.candidates
+            ]
+            facts[ranking.question] = {"alike": [one.choice for one in ranking.alike], "candidates": rows}
+        click.echo(json.dumps(facts, indent=2))
+        return
+    for ranking in rankings:
+        best, alike = ranking.candidates[0], ranking.alike
+        verdict = "sure" if len(alike) == 1 else f"open: {len(alike)} of {len(ranking.candidates)} are alike"
+        click.echo(f"{ranking.question}: {verdict}")
+        for one in ranking.candidates:
+            if one in ranking.candidates[:SHOWN] or one.declared:
+                less, error = one.behind(best)
+                behind = "" if one is best else f", {less:.1f} +- {error:.1f} behind"
+                note = " (as the model says)" if one.declared else ""
+                click.echo(f"  {one.choice}: {one.gain:+.1f} dB{behind}{note}")
 
 
 def show_checks(checks: list[Any], as_json: bool, fail_on: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Instance optimisation: an affine map and a diffeomorphic displacement, fitted to one pair of images; tensors only."""
+"""Instance optimisation: an affine map and a diffeomorphic displacement, fitted to one pair of images, 2D or 3D."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..losses import local_correlation, smoothness_loss
 from ..spatial import affine_coordinates, identity_grid, sample
+
+LINEAR = {2: "bilinear", 3: "trilinear"}
 
 
 class Level(NamedTuple):
@@ -51,19 +53,18 @@ class Images:
 
     def coarse(self, factor: int) -> Images:
         """The same on a grid `factor` times coarser, feature vectors scaled to length 1."""
-        D, H, W = _coarser(self.fixed.shape[2:], factor)
-        shape = (D, H, W)
-        fixed, moving, *masks = (F.adaptive_avg_pool3d(x, shape) for x in (self.fixed, self.moving, *self.masks))
+        shape = _coarser(self.fixed.shape[2:], factor)
+        fixed, moving, *masks = (averaged(x, shape) for x in (self.fixed, self.moving, *self.masks))
         features = None
         if self.features is not None and all(a <= b for a, b in zip(shape, self.features[0].shape[2:], strict=True)):
-            a, b = (F.normalize(F.adaptive_avg_pool3d(f.float(), shape), dim=1) for f in self.features)
+            a, b = (F.normalize(averaged(f.float(), shape), dim=1) for f in self.features)
             features = (a, b)
         return Images(fixed, moving, features, (masks[0], masks[1]))
 
     def distance(self, coordinates: Tensor) -> Tensor:
         """1 - mean local correlation, and the mean cosine distance of the features, where both masks say so; scalar.
 
-        coordinates: where the voxels of the fixed image read in the moving one, (1, 3, *shape), voxels.
+        coordinates: where the voxels of the fixed image read in the moving one, (1, n, *shape), voxels.
         """
         fields = [self.moving, self.masks[1], *(self.features or ())[1:]]
         warped = sample(torch.cat(fields, 1), coordinates)
@@ -83,15 +84,15 @@ def fit(
 
     Args:
         steps: of Adam, 3 of 10 on the affine map.
-        start: displacement to start from, (1, 3, *shape), voxels; default none.
+        start: displacement to start from, (1, n, *shape), voxels; default none.
         progress: called with (steps done, steps in all).
 
-    Returns: affine (1, 3, 4) about the grid's centre, and the whole displacement (1, 3, *shape), voxels. What does not
-        come out better than the start on the finest level is not taken: then it is the start.
+    Returns: affine (1, n, n + 1) about the grid's centre, and the whole displacement (1, n, *shape), voxels. What does
+        not come out better than the start on the finest level is not taken: then it is the start.
     Source: exponential of a stationary velocity by scaling and squaring (Arsigny et al. 2006).
     """
     shape = images.fixed.shape[2:]
-    start = images.fixed.new_zeros(1, 3, *shape) if start is None else start.float()
+    start = images.fixed.new_zeros(1, len(shape), *shape) if start is None else start.float()
     affine = fit_affine(start, images.masks[0])
     done = 0
     for_affine, *for_levels = _shared_out(steps)
@@ -111,11 +112,11 @@ def fit(
     optimizer = torch.optim.Adam([change], lr=AFFINE_RATE, eps=EPSILON)
     for _ in range(for_affine):
         moved = affine_on(affine, shape, coarse.fixed.shape[2:]) + torch.cat(
-            [change[..., :3], change[..., 3:] * reach], -1
+            [change[..., :-1], change[..., -1:] * reach], -1
         )
         step(optimizer, coarse.distance(affine_coordinates(moved, coarse.fixed.shape[2:])))
     ratio = _ratio(shape, coarse.fixed.shape[2:], affine)
-    affine = affine + torch.cat([change[..., :3], change[..., 3:] * reach * ratio], -1).detach()
+    affine = affine + torch.cat([change[..., :-1], change[..., -1:] * reach * ratio], -1).detach()
 
     velocity = _residual(start, affine)
     for (factor, knots, _), count in zip(LEVELS, for_levels, strict=True):
@@ -150,8 +151,13 @@ def _coarser(shape: torch.Size, factor: int) -> torch.Size:
     return torch.Size(-(-size // factor) for size in shape)
 
 
+def averaged(x: Tensor, size: torch.Size) -> Tensor:
+    """Means of an image (1, C, *shape) over the cells of a coarser grid."""
+    return F.adaptive_avg_pool2d(x, size) if len(size) == 2 else F.adaptive_avg_pool3d(x, size)  # type: ignore[arg-type]
+
+
 def exponential(velocity: Tensor) -> Tensor:
-    """Displacement (1, 3, *shape) of the flow along a stationary velocity, both in voxels."""
+    """Displacement (1, n, *shape) of the flow along a stationary velocity, both in voxels."""
     displacement = velocity / 2**SQUARINGS
     grid = identity_grid(velocity.shape[2:], velocity)
     for _ in range(SQUARINGS):
@@ -160,11 +166,11 @@ def exponential(velocity: Tensor) -> Tensor:
 
 
 def fit_affine(displacement: Tensor, mask: Tensor) -> Tensor:
-    """The affine map nearest to x + displacement(x) in the least squares of the mask, (1, 3, 4) about the centre."""
+    """The affine map nearest to x + displacement(x) by least squares of the mask, (1, n, n + 1) about the centre."""
     shape = displacement.shape[2:]
     grid = identity_grid(shape, displacement)
     centre = grid.new_tensor([(size - 1) / 2 for size in shape])[:, None]
-    points = grid.flatten(1) - centre  # (3, voxels)
+    points = grid.flatten(1) - centre  # (n, voxels)
     wanted = (points + displacement[0].flatten(1)).double()
     known = torch.cat([points, torch.ones_like(points[:1])]).double()
     weight = mask.flatten().double() + 1e-6
@@ -175,28 +181,28 @@ def fit_affine(displacement: Tensor, mask: Tensor) -> Tensor:
 def affine_on(affine: Tensor, shape: torch.Size, size: torch.Size) -> Tensor:
     """An affine map of a grid of `shape` as one of the grid of `size` over the same extent."""
     ratio = _ratio(shape, size, affine)
-    linear = affine[..., :3] / ratio * ratio.mT
-    return torch.cat([linear, affine[..., 3:] / ratio], -1)
+    linear = affine[..., :-1] / ratio * ratio.mT
+    return torch.cat([linear, affine[..., -1:] / ratio], -1)
 
 
 def _ratio(shape: torch.Size, size: torch.Size, like: Tensor) -> Tensor:
-    """Voxels of a grid of `shape` in one of `size` along each axis, (3, 1)."""
+    """Voxels of a grid of `shape` in one of `size` along each axis, (n, 1)."""
     return like.new_tensor([[a / b] for a, b in zip(shape, size, strict=True)])
 
 
 def _apply(affine: Tensor, coordinates: Tensor) -> Tensor:
-    """An affine map about the grid's centre of coordinates (1, 3, *shape)."""
+    """An affine map about the grid's centre of coordinates (1, n, *shape)."""
     shape = coordinates.shape[2:]
     centre = coordinates.new_tensor([(size - 1) / 2 for size in shape])[:, None]
-    moved = affine[..., :3] @ (coordinates.flatten(2) - centre) + centre + affine[..., 3:]
+    moved = affine[..., :-1] @ (coordinates.flatten(2) - centre) + centre + affine[..., -1:]
     return moved.view_as(coordinates)
 
 
 def _residual(displacement: Tensor, affine: Tensor) -> Tensor:
-    """w with affine(x + w(x)) = x + displacement(x), (1, 3, *shape), voxels."""
+    """w with affine(x + w(x)) = x + displacement(x), (1, n, *shape), voxels."""
     grid = identity_grid(displacement.shape[2:], displacement)
-    inverse = torch.linalg.inv(affine[..., :3])
-    back = torch.cat([inverse, -inverse @ affine[..., 3:]], -1)
+    inverse = torch.linalg.inv(affine[..., :-1])
+    back = torch.cat([inverse, -inverse @ affine[..., -1:]], -1)
     return _apply(back, grid + displacement) - grid
 
 
@@ -205,11 +211,11 @@ def _resize(displacement: Tensor, size: torch.Size) -> Tensor:
     shape = displacement.shape[2:]
     if shape == size:
         return displacement
-    ratio = _ratio(size, shape, displacement).view(1, 3, 1, 1, 1)
+    ratio = _ratio(size, shape, displacement).view(1, -1, *[1] * len(shape))
     coarser = all(a <= b for a, b in zip(size, shape, strict=True))
     resized = (
-        F.adaptive_avg_pool3d(displacement, (size[0], size[1], size[2]))
+        averaged(displacement, size)
         if coarser
-        else F.interpolate(displacement, size=size, mode="trilinear", align_corners=False)
+        else F.interpolate(displacement, size=size, mode=LINEAR[len(size)], align_corners=False)
     )
     return resized * ratio

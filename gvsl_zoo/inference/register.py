@@ -1,4 +1,4 @@
-"""Registration: the anatomy of one scan brought onto another, in world millimetres; no training."""
+"""Registration: the anatomy of one scan or film brought onto another, in world millimetres; no training."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, VolumeError
+from ..film import FilmPreprocessing, flattened, known_size, lay_frames, on_film, read_for
 from ..losses import local_correlation
 from ..models.gemini import GEMINI, WholeModule
 from ..spatial import identity_grid, sample
@@ -27,9 +28,9 @@ from ..transforms import (
     to_displacement,
     warp_volume,
 )
-from ..volume import Prepared, Preprocessing, Volume, prepare, read_volume
-from .correspond import Described, align, describe
-from .features import body, mask_on_grid, preprocessing_of
+from ..volume import Prepared, Preprocessing, Volume, prepare
+from .correspond import IDENTITY, Described, align, describe
+from .features import body, mask_on_grid, preprocessing_of, recipe_of
 from .refine import Images, Progress, fit, fit_affine
 from .sliding import device_of, evaluate, ready_copy
 
@@ -54,8 +55,10 @@ class Registration:
     displacement_mm: the whole transform on the fixed scan's grid; `transforms.write_transform` writes it for ITK.
     affine: the affine part, world to world, from what lays the scans over each other on.
     jacobian: local volume change on the fixed scan's grid; at most 0 where the map folds.
-    report: ncc_before (as the headers have it), ncc_start (laid over each other), ncc_after: local squared correlation
-        in [0, 1]; folded: share of voxels; displacement_mm: mean; answer: what the result rests on; seconds.
+    report: ncc_before (as the headers have it, films frame on frame), ncc_start (laid over each other), ncc_after: mean
+        local squared correlation in [0, 1]; folded: share of voxels; displacement_mm: mean, of films beyond what lays
+        frame on frame; unit: "mm", or "pixels" for a fixed film of unknown pixel size, which count as 1 mm; answer:
+        what the result rests on; seconds.
     """
 
     warped: Volume
@@ -76,15 +79,15 @@ def register(
     precision: str = "float32",
     progress: Progress | None = None,
 ) -> Registration:
-    """Register two scans of any grids, spacings, orientations and fields of view.
+    """Register two scans of any grids, spacings, orientations and fields of view, or two films of any size.
 
     First the shift between the scans is sought, from the headers and from the bodies' centres; with `refine`, also
     the affine map for which the features vote. Then the model's matching heads answer in one pass; an answer that
     correlates worse than none is not taken. Last, with `refine`, affine and displacement are fitted to this pair, to
-    the images and to the features of the model.
+    the images and to the features of the model. Films are at first laid frame on frame: see `film.lay_frames`.
 
     Args:
-        moving, fixed: scans of one channel, or paths.
+        moving, fixed: scans of one channel, or paths; for a 2D model films.
         model: loaded with task="registration"; or any model with `preprocessing` that gives dense features, which then
             drive the fit alone.
         fixed_mask, moving_mask: on the grids of their scans; only where they are above 0 the images count.
@@ -100,41 +103,60 @@ def register(
     steps = (0 if heads else REFINING_STEPS) if refine is None else refine
     if steps < 0 or not (steps or heads):
         raise ArgumentError(f"refine={steps} with a {type(model).__name__}", "without matching heads give 1 or more")
-    recipe = preprocessing_of(model)
-    fixed, moving = (scan if isinstance(scan, Volume) else read_volume(scan) for scan in (fixed, moving))
-    on_fixed = prepare(fixed, replace(recipe, spacing_mm=_spacing(fixed, recipe)))
-    on_moving = prepare(moving, replace(recipe, spacing_mm=on_fixed.spacing_mm))
-    masks = (_mask(fixed_mask, on_fixed), _mask(moving_mask, on_moving))
+    recipe = recipe_of(model)
+    together = IDENTITY, IDENTITY
+    if isinstance(recipe, FilmPreprocessing):
+        fixed, moving = (read_for(scan, recipe) for scan in (fixed, moving))
+        on_fixed, on_moving, together = lay_frames(fixed, moving, recipe)
+    else:
+        recipe = preprocessing_of(model)
+        fixed, moving = (read_for(scan, recipe) for scan in (fixed, moving))
+        on_fixed = prepare(fixed, replace(recipe, spacing_mm=_spacing(fixed, recipe)))
+        on_moving = prepare(moving, replace(recipe, spacing_mm=on_fixed.spacing_mm))
+    masks = (_mask(fixed_mask, on_fixed, recipe), _mask(moving_mask, on_moving, recipe))
 
-    start = lay_over(on_fixed, on_moving, masks)
+    def to_world(between: Affine) -> Affine:
+        """A map in the world in which the scans lie together as one from the fixed world to the moving one."""
+        return Affine(np.linalg.inv(together[1].matrix) @ between.matrix @ together[0].matrix)
+
+    def read(image: Tensor, transform: Affine) -> Tensor:
+        return flattened(read_at(image, on_fixed, on_moving, transform), recipe)
+
+    target, counted = flattened(on_fixed.image, recipe), flattened(masks[0], recipe)
+    frames = to_world(IDENTITY)
+    start = lay_over(on_fixed, on_moving, masks, frames, target.ndim - 2)
     described: tuple[Described, Described] | None = None
     if steps:
         still, other = (
-            describe(scan, _counted(scan, mask, model), model, precision)
-            for scan, mask in zip((on_fixed, on_moving), masks, strict=True)
+            describe(scan, flattened(_counted(scan, mask, model), recipe), model, precision, place)
+            for scan, mask, place in zip((on_fixed, on_moving), masks, together, strict=True)
         )
         described = still, other
         votes = align(still, other)
-        votes = votes if _likely(votes) else align(still, other, start)
+        if not _likely(votes):
+            between = together[1].matrix @ start.matrix @ np.linalg.inv(together[0].matrix)
+            votes = align(still, other, Affine(between))
         if _likely(votes):
-            start = _better(start, votes, on_fixed, on_moving, masks[0])
-    image, inside = read_at(on_moving.image, on_fixed, on_moving, start), read_at(masks[1], on_fixed, on_moving, start)
-    overlap = float((inside * masks[0]).sum() / masks[0].sum())
+            tried = (start, to_world(votes))
+            scores = [correlation(read(on_moving.image, each), target, counted) for each in tried]
+            start = tried[scores[1] > scores[0]]
+    image, inside = read(on_moving.image, start), read(masks[1], start)
+    overlap = float((inside * counted).sum() / counted.sum())
     if overlap < SMALLEST_OVERLAP:
         cause = f"the moving scan covers {100 * overlap:.1f} % of the fixed one"
         raise VolumeError(cause, "check that both show one part of the body, or crop the fixed scan to what both show")
-    before = correlation(read_at(on_moving.image, on_fixed, on_moving, Affine(np.eye(4))), on_fixed.image, masks[0])
-    at_start = correlation(image, on_fixed.image, masks[0])
+    before, at_start = correlation(read(on_moving.image, frames), target, counted), correlation(image, target, counted)
 
-    affine = torch.eye(3, 4)[None]
-    displacement = torch.zeros(1, 3, *on_fixed.shape)
+    ndim = target.ndim - 2
+    affine = torch.eye(ndim, ndim + 1)[None]
+    displacement = torch.zeros(1, ndim, *target.shape[2:])
     answer = "the scans laid over each other"
     if isinstance(model, WholeModule):
-        found_affine, found = match(model, on_fixed.image, image, masks[0], precision)
-        if correlation(moved(image, found), on_fixed.image, masks[0]) > at_start:
+        found_affine, found = match(model, target, image, counted, precision)
+        if correlation(moved(image, found), target, counted) > at_start:
             affine, displacement, answer = found_affine, found, "the model's matching heads"
     if described:
-        images = Images(on_fixed.image, image, common_features(*described, start), (masks[0], inside))
+        images = Images(target, image, common_features(*described, start), (counted, inside))
         fitted_affine, fitted = fit(images, steps, displacement, progress)
         if fitted is not displacement:
             affine, displacement, answer = fitted_affine, fitted, "fitted to the pair"
@@ -143,15 +165,20 @@ def register(
     merged = to_displacement(whole, Grid.of(fixed))
     volume_change = jacobian(merged)
     warped = warp_volume(moving, merged, Grid.of(fixed))
-    after = correlation(moved(image, displacement), on_fixed.image, masks[0])
+    after = correlation(moved(image, displacement), target, counted)
+    moves = merged.field_mm
+    if ndim == 2:  # beyond what lays frame on frame
+        points = merged.grid.points()
+        moves = frames.inverse()(points + moves.reshape(-1, 3)) - points
     report = {
         "ncc_before": before,
         "ncc_start": at_start,
         "ncc_after": after,
         "folded": float((volume_change.data <= 0).mean()),
-        "displacement_mm": float(np.linalg.norm(merged.field_mm, axis=-1).mean()),
+        "displacement_mm": float(np.linalg.norm(moves, axis=-1).mean()),
         "overlap": overlap,
         "answer": answer,
+        "unit": "pixels" if ndim == 2 and not known_size(fixed) else "mm",
         "spacing_mm": on_fixed.spacing_mm,
         "seconds": time.perf_counter() - began,
     }
@@ -160,7 +187,7 @@ def register(
 
 
 def match(model: WholeModule, fixed: Tensor, moving: Tensor, mask: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """Affine (1, 3, 4) and displacement (1, 3, D, H, W) that bring the moving image onto the fixed one, on the CPU.
+    """Affine (1, n, n + 1) and displacement (1, n, *shape) that bring the moving image onto the fixed one, on the CPU.
 
     GEMINI has no affine head: there the affine is the one nearest to the displacement where the mask says so.
     """
@@ -174,12 +201,12 @@ def match(model: WholeModule, fixed: Tensor, moving: Tensor, mask: Tensor, preci
 
 
 def correlation(image: Tensor, fixed: Tensor, mask: Tensor) -> float:
-    """Mean local squared correlation where the mask says so, in [0, 1]; all (1, 1, D, H, W)."""
+    """Mean local squared correlation where the mask says so, in [0, 1]; all (1, 1, *shape)."""
     return float((local_correlation(image, fixed) * mask).sum() / mask.sum())
 
 
 def moved(image: Tensor, displacement: Tensor) -> Tensor:
-    """An image (1, C, D, H, W) read at x + displacement(x), voxels, its border going on outside."""
+    """An image (1, C, *shape) read at x + displacement(x), voxels, its border going on outside."""
     return sample(image, identity_grid(image.shape[2:], image) + displacement, padding="border")
 
 
@@ -191,33 +218,36 @@ def read_at(image: Tensor, on_fixed: Prepared, on_moving: Prepared, transform: A
     return sample(image, (linear @ points.flatten(1) + shift).view(1, *points.shape))
 
 
-def lay_over(on_fixed: Prepared, on_moving: Prepared, masks: tuple[Tensor, Tensor]) -> Affine:
-    """The shift that lays the moving scan over the fixed one, world to world.
+def lay_over(
+    on_fixed: Prepared, on_moving: Prepared, masks: tuple[Tensor, Tensor], base: Affine = IDENTITY, ndim: int = 3
+) -> Affine:
+    """The base and the shift after it that lay the moving scan over the fixed one, world to world.
 
-    Tried are the headers' own, and that of the bodies' centres with shifts around it: along z as far as the scans
-    reach, as one may show more of the body; the best mean local correlation wins, and the headers' on a tie.
+    Tried are none, and that of the bodies' centres with shifts around it: along z as far as the scans reach, as one may
+    show more of the body; the best mean local correlation wins, and none on a tie. The base is as the headers have it,
+    of films (ndim 2) frame on frame.
     """
     factor = max(1, round(max(on_fixed.shape) / SEARCH_VOXELS))
     still, moved = (_coarse(prepared, factor) for prepared in (on_fixed, on_moving))
     weights = [_coarse(replace(p, image=m), factor).image for p, m in ((on_fixed, masks[0]), (on_moving, masks[1]))]
     centres = [_centre_mm(p, w) for p, w in zip((still, moved), weights, strict=True)]
-    step = np.array(still.spacing_mm)[::-1]  # x, y, z
+    step = np.abs(base.matrix[:3, :3]) @ np.array(still.spacing_mm)[::-1]  # x, y, z of the moving world
     reach = int(max(still.shape[0], moved.shape[0])) // 2
-    shifts = [np.zeros(3), centres[1] - centres[0]]
+    shifts = [np.zeros(3), centres[1] - base(centres[0][None])[0]]
     for z, y, x in itertools.product(range(-reach, reach + 1), (-2, 0, 2), (-2, 0, 2)):
         shifts.append(shifts[1] + step * np.array([x, y, z]))
-    best, best_score = shifts[0], -1.0
+    best, best_score = base, -1.0
+    target, counted = (x[:, :, 0] if ndim == 2 else x for x in (still.image, weights[0]))
     both = torch.cat([moved.image, weights[1]], 1)
     for shift in shifts:
-        matrix = np.eye(4)
-        matrix[:3, 3] = shift
-        image, inside = read_at(both, still, moved, Affine(matrix)).split(1, 1)
-        score = float((local_correlation(image, still.image, SEARCH_WINDOW) * inside * weights[0]).mean())
+        matrix = base.matrix.copy()
+        matrix[:3, 3] += shift
+        read = read_at(both, still, moved, Affine(matrix))
+        image, inside = (read[:, :, 0] if ndim == 2 else read).split(1, 1)
+        score = float((local_correlation(image, target, SEARCH_WINDOW) * inside * counted).mean())
         if score > best_score + 1e-6:
-            best, best_score = shift, score
-    matrix = np.eye(4)
-    matrix[:3, 3] = best
-    return Affine(matrix)
+            best, best_score = Affine(matrix), score
+    return best
 
 
 def _likely(affine: Affine) -> bool:
@@ -225,15 +255,6 @@ def _likely(affine: Affine) -> bool:
     stretch = np.linalg.svd(affine.matrix[:3, :3], compute_uv=False)
     mirrored = np.linalg.det(affine.matrix[:3, :3]) < 0
     return not mirrored and bool(((stretch < MOST_STRETCH) & (stretch > 1 / MOST_STRETCH)).all())
-
-
-def _better(start: Affine, other: Affine, on_fixed: Prepared, on_moving: Prepared, mask: Tensor) -> Affine:
-    """Of two maps the one with which the images agree more; the first on a tie."""
-    first, second = (
-        correlation(read_at(on_moving.image, on_fixed, on_moving, affine), on_fixed.image, mask)
-        for affine in (start, other)
-    )
-    return other if second > first else start
 
 
 def common_features(fixed: Described, moving: Described, start: Affine) -> tuple[Tensor, Tensor]:
@@ -246,13 +267,14 @@ def common_features(fixed: Described, moving: Described, start: Affine) -> tuple
     mean = vectors.mean(1, keepdim=True)
     axes = torch.linalg.eigh((vectors - mean) @ (vectors - mean).T).eigenvectors  # the last have the largest variance
     basis, mean = axes[:, -COMPONENTS:].T.float(), mean.float()
-    shape = fixed.prepared.shape
+    shape = fixed.body.shape
     size = [-(-n // COMPONENT_STEP) for n in shape]
     places = [(torch.arange(m) + 0.5) * (n / m) - 0.5 for m, n in zip(size, shape, strict=True)]
-    index = torch.stack(torch.meshgrid(*places, indexing="ij"), -1).view(-1, 3)
+    index = torch.stack(torch.meshgrid(*places, indexing="ij"), -1).view(-1, len(shape))
+    to_moving = moving.together.matrix @ start.matrix @ np.linalg.inv(fixed.together.matrix)
     a, b = (
         torch.cat([basis @ (scan.at(part) - mean) for part in points.split(CHUNK)], 1).view(1, -1, *size)
-        for scan, points in ((fixed, index), (moving, moving.index(start(fixed.world(index)))))
+        for scan, points in ((fixed, index), (moving, moving.index(Affine(to_moving)(fixed.world(index)))))
     )
     return a, b
 
@@ -297,6 +319,10 @@ def _counted(prepared: Prepared, mask: Tensor, model: nn.Module) -> Tensor:
     return inside if inside.any() else masked
 
 
-def _mask(mask: Scan | None, prepared: Prepared) -> Tensor:
+def _mask(mask: Scan | None, prepared: Prepared, recipe: Preprocessing | FilmPreprocessing) -> Tensor:
     """The part of every voxel that counts, (1, 1, D, H, W)."""
-    return torch.ones_like(prepared.image) if mask is None else mask_on_grid(mask, prepared)[None, None]
+    if mask is None:
+        return torch.ones_like(prepared.image)
+    mask = read_for(mask, recipe)
+    mask = on_film(mask, prepared.source) if isinstance(recipe, FilmPreprocessing) else mask
+    return mask_on_grid(mask, prepared)[None, None]

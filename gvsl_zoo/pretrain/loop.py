@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..models.gemini import GEMINI, WholeModule
 from ..models.gvsl import GVSL
 from ..models.unet import UNet
 from ..models.xmorpher import XMorpher
-from ..registry import ModelEntry
+from ..registry import Ledger, ModelEntry
 from ..report import curves_picture
 from .config import PretrainConfig
 from .data import Numbers, Pair, Pairs, PairSource, seeded
@@ -63,7 +63,7 @@ def pretrain(
     """
     accelerator = make_accelerator(device)
     learner = make_learner(build(config, init), config, accelerator)
-    entry = describe(config, out.name, learner.model)
+    entry = replace(describe(config, out.name, learner.model), ledger=ledger_from(real, init))
     pairs_a_step = config.batch_size * config.accumulate * accelerator.num_processes
     main, run = accelerator.is_main_process, Run(out, config)
 
@@ -158,6 +158,12 @@ def build(config: PretrainConfig, init: WholeModule | None) -> WholeModule:
             )
         model.load_state_dict(init.state_dict())
     return model
+
+
+def ledger_from(real: PairSource | None, init: WholeModule | None) -> Ledger:
+    """What a run is known to have seen: what its start had seen; the scans of a store do not tell who they are."""
+    before: Any = getattr(getattr(init, "entry", None), "ledger", Ledger(complete=init is None))
+    return replace(before, complete=before.complete and real is None)
 
 
 def make_learner(model: WholeModule, config: PretrainConfig, accelerator: Any) -> Learner[WholeModule]:

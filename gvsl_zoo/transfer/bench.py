@@ -15,16 +15,17 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import ArgumentError, TrainingError
+from ..errors import ArgumentError, TrainingError, listed
 from ..inference.segment import prepare_channels, segment, trained_window
 from ..inference.sliding import device_of, evaluate, sliding_window
+from ..ledger import check_unseen, ledger_of
 from ..report import bench_picture
 from ..volume import Prepared, Volume
 from ..weights import write_whole
@@ -40,6 +41,7 @@ COUNTS = (1, 3, 5, 10)
 SEEDS = 3
 MODES = ("full", "linear")
 SCRATCH = "scratch"
+POOL = "the data set to train on"
 TEST_SHARE = 0.25  # of the subjects, where the data hold none out
 OVERLAP = 0.25  # of windows, in the test
 SURE = 0.05
@@ -99,12 +101,17 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Bench:
-    """What came out. cells: every training with its scores; comparisons: in the order of model, mode and count."""
+    """What came out.
+
+    cells: every training with its scores. comparisons: in the order of model, mode and count. seen: test cases that
+    were seen in training, by the model that saw them, or `POOL`.
+    """
 
     task: str
     settings: dict[str, Any]
     cells: tuple[dict[str, Any], ...]
     comparisons: tuple[Comparison, ...]
+    seen: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def verdicts(self) -> list[str]:
@@ -143,7 +150,8 @@ class Bench:
                 means = f"{row.scratch:>10.1f}{row.zoo:>{width}.1f}{f'{row.difference:+.1f} +- {row.half:.1f}':>18}"
                 out.append(f"{row.count:>6}{means}{row.p:>9.3f}{row.p_corrected:>11.3f}")
             out.append("")
-        return [*out, STATISTICS, "", *self.verdicts]
+        told = [f"{who} saw test cases in training: {listed(names)}" for who, names in self.seen.items()]
+        return [*out, STATISTICS, "", *self.verdicts, *told]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -152,6 +160,7 @@ class Bench:
             "statistics": STATISTICS,
             "comparisons": [asdict(row) | {"effect": row.effect} for row in self.comparisons],
             "settings": self.settings,
+            "seen in training": {who: list(names) for who, names in self.seen.items()},
             "cells": list(self.cells),
         }
 
@@ -170,6 +179,7 @@ def bench(
     seeds: int = SEEDS,
     modes: Sequence[str] = MODES,
     device: str = "auto",
+    allow_overlap: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Bench:
     """Train on few subjects from zoo weights and from scratch, several times, and compare on subjects held out.
@@ -183,11 +193,14 @@ def bench(
         counts: of subjects, those of one seed nested; default 1, 3, 5 and 10, as far as there are so many.
         seeds: of each training, at least 3.
         modes: full, linear or both. Scans, and the features of frozen backbones, are made once for all.
+        allow_overlap: test on scans that a model or the training saw, and say which.
         say: called with a line about what is to do, after every training, and with the time that the others will take.
 
     A segmentation is scored by the mean Dice of the labels that prediction or reference hold, on the scan's own grid,
     of films on the model's; a classification by whether the most probable class is right.
-    Errors: ArgumentError for what does not fit together or differs from what `out` holds; those of `finetune`.
+    Errors: ArgumentError for what does not fit together or differs from what `out` holds, and for a test case that a
+        model saw in pre-training, without labels or with them, or that is also among those to train on; those of
+        `finetune`.
     """
     if seeds < 3 or not models or not modes or set(modes) - set(MODES):
         cause = f"{seeds} seeds, models {', '.join(models) or 'none'}, modes {', '.join(modes) or 'none'}"
@@ -198,6 +211,10 @@ def bench(
     if not 1 <= counts[0] <= counts[-1] <= subjects:
         cause = f"counts {', '.join(map(str, counts))} of {subjects} labelled subjects"
         raise ArgumentError(cause, "ask for fewer, or label more")
+    entries: dict[str, Any] = {model: load(model).entry for model in models}
+    ledgers = {model: entry.ledger for model, entry in entries.items()}
+    ledgers[POOL] = ledger_of(path for case in pool for path in case.images)
+    seen = check_unseen({case.name: case.images for case in test}, ledgers, allow=allow_overlap)
     arms = scratch_arms(models)
     settings = common_settings(pool, test, models, modes, config)
     check_settings(settings, out)
@@ -211,7 +228,7 @@ def bench(
     shapes = {arms[model]: model for model in reversed(models)}
     results = Trainings(pool, test, config, shapes, out, device).run(cells, say)
     table = compared(results, arms, modes, counts, seeds)
-    report = Bench(data.task, settings, tuple(asdict(cell) | result for cell, result in results.items()), table)
+    report = Bench(data.task, settings, tuple(asdict(cell) | result for cell, result in results.items()), table, seen)
     write_report(report, out)
     return report
 

@@ -223,7 +223,7 @@ def _files(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
         raise ArgumentError(f"there is no folder {str(folder)!r}", LAYOUTS)
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        name, ending = _without_ending(path.name)
+        name, ending = without_ending(path.name)
         if path.name[0] == "." or ending not in endings:
             continue
         if name in found:
@@ -232,7 +232,8 @@ def _files(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
     return found
 
 
-def _without_ending(name: str) -> tuple[str, str]:
+def without_ending(name: str) -> tuple[str, str]:
+    """A file's name and its ending, one of ENDINGS or nothing."""
     ending = next((ending for ending in ENDINGS if name.lower().endswith(ending)), "")
     return name[: len(name) - len(ending)], ending
 
@@ -262,7 +263,7 @@ def _from_table(path: Path, task: str, labels: Mapping[str, int] | None) -> tupl
         if split not in (None, *SPLITS):
             raise ArgumentError(f"{str(path)!r} line {line}: split {split!r}", f"use {', '.join(SPLITS)} or nothing")
         images = tuple(path.parent / part.strip() for part in cell["image"].split(";"))
-        name = cell.get("case") or _without_ending(images[0].name)[0]
+        name = cell.get("case") or without_ending(images[0].name)[0]
         known = named[label] if named and label else path.parent / label if label else None
         cases.append(Case(name, cell.get("subject") or _subject(name), images, known, split))
     return cases, named

@@ -66,6 +66,9 @@ def describe(
         training=Training(settings, f"{len(split.train)} cases of {subjects} subjects", config.steps),
         evaluation=(),
         limits=limits,
+        input_statistics=None,
+        datasets=(),
+        base_model=None if config.from_scratch else base.name,
         proof=None,
     )
 

@@ -10,8 +10,9 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,16 +22,19 @@ import torch
 
 from ..errors import ArgumentError, GvslZooError, VolumeError, listed
 from ..inference.segment import comment_labels
+from ..ledger import check_unseen
 from ..report import classes_picture, scores_picture
 from ..volume import Volume
 from ..weights import write_whole
-from .cases import ENDINGS, Cases, read_cases, read_labels
+from ..zoo import load
+from .cases import ENDINGS, Case, Cases, read_cases, read_labels, without_ending
 from .statistics import Interval, auc_interval, mean_interval, proportion_interval
 
 TOLERANCE_MM = 2.0  # of the surface Dice
 GRID_TOLERANCE = 0.1  # of a voxel: what rounding in headers may do to a grid
 METRICS = {"dice": (0.0, 1.0), "hd95_mm": (0.0, math.inf), "surface_dice": (0.0, 1.0)}  # and their limits
 FOUND = ("both", "missed", "invented", "absent")
+Scans = dict[str, tuple[Path, ...]]  # of a case, a file a channel
 
 
 class Overlap(NamedTuple):
@@ -67,6 +71,7 @@ class Evaluation:
     labels: those scored, in order; of a classification the classes.
     summary: see `summarise` and `summarise_classes`.
     missing: cases without a prediction; they are in no mean.
+    seen: cases whose scans the model saw in training; None where this was not looked at.
     scores: of a segmentation, one a case and label.
     probabilities: of a classification, by case: the true class and the probability of each class.
     """
@@ -75,11 +80,13 @@ class Evaluation:
     labels: tuple[str, ...]
     summary: dict[str, Any]
     missing: tuple[str, ...]
+    seen: tuple[str, ...] | None = None
     scores: tuple[Score, ...] = ()
     probabilities: dict[str, tuple[str, tuple[float, ...]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"task": self.task, **self.summary, "missing": list(self.missing)}
+        facts = {"task": self.task, **self.summary, "missing": list(self.missing)}
+        return facts if self.seen is None else facts | {"seen in training": list(self.seen)}
 
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write scores.csv (a row a case and label, or a case), summary.json and, with matplotlib, scores.png."""
@@ -114,6 +121,8 @@ def evaluate(
     task: str = "segmentation",
     labels: Mapping[str, int] | None = None,
     tolerance_mm: float = TOLERANCE_MM,
+    model: str | os.PathLike[str] | None = None,
+    allow_overlap: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Score the predictions of a segmentation or of a classification.
@@ -127,17 +136,23 @@ def evaluate(
         labels: values in label files by name: these are scored, and other values are background. Default: those of the
             data set, or those that the first prediction names in its header, or every value that occurs.
         tolerance_mm: how far apart surfaces may lie that the surface Dice counts as the same.
+        model: whose predictions these are, as `load` takes it. Its training saw none of the scans then, as far as its
+            ledger knows; the scans are those of the data set, or those that `segment` noted beside its label maps.
+        allow_overlap: score all the same, and say which cases were seen.
         progress: called with (cases done, cases in all).
 
     Errors: VolumeError for a file that cannot be read, or the two of a case on different grids; ArgumentError for what
-        does not fit together.
+        does not fit together, and for a case that the model has seen.
     """
     if not 0 <= tolerance_mm < math.inf:
         raise ArgumentError(f"a tolerance of {tolerance_mm} mm", "give a length in millimetres")
     if task == "classification":
-        return _evaluate_classes(Path(predictions), references)
-    files, known = _reference_files(references, labels)
+        truth, scans = _true_classes(references)
+        seen = _seen(model, scans, truth, allow_overlap)
+        return replace(_evaluate_classes(Path(predictions), truth), seen=seen)
+    files, known, scans = _reference_files(references, labels)
     pairs, missing = _pairs(Path(predictions), files)
+    seen = _seen(model, _noted_scans(pairs) | scans, pairs, allow_overlap)
     scores: dict[tuple[str, str], Score] = {}
     for done, (case, (prediction, reference)) in enumerate(pairs.items(), 1):
         masks = read_labels(prediction), read_labels(reference)
@@ -151,7 +166,7 @@ def evaluate(
     if not names:
         raise ArgumentError("every voxel of every case is background", "check that these are label files")
     table = tuple(scores.get(key) or Score(*key, ABSENT, 0.0, 0.0) for key in itertools.product(pairs, names))
-    return Evaluation("segmentation", names, summarise(table, names, tolerance_mm), missing, table)
+    return Evaluation("segmentation", names, summarise(table, names, tolerance_mm), missing, seen, table)
 
 
 def overlap(
@@ -213,7 +228,13 @@ def _interval(overlaps: Sequence[Overlap], metric: str) -> Interval:
 
 
 def lines(evaluation: Evaluation) -> list[str]:
-    """The summary as a table, a line each."""
+    """The summary as a table, a line each, and whether the model saw test cases in training."""
+    seen = evaluation.seen or ()
+    told = f"the model saw {len(seen)} of {evaluation.summary['cases']} cases in training: {listed(seen)}"
+    return [*_table(evaluation), *([told] if seen else [])]
+
+
+def _table(evaluation: Evaluation) -> list[str]:
     summary = evaluation.summary
     width = max(map(len, ("mean over labels", *evaluation.labels)))
     if evaluation.task == "classification":
@@ -241,18 +262,50 @@ def _cell(interval: Mapping[str, Any]) -> str:
 
 def _reference_files(
     references: str | os.PathLike[str] | Cases, labels: Mapping[str, int] | None
-) -> tuple[dict[str, Path], dict[str, int]]:
-    """Label files by case, and the values to score by name, as far as they are known."""
+) -> tuple[dict[str, Path], dict[str, int], Scans]:
+    """Label files by case, the values to score by name, and the scans by case, as far as these are known."""
     if not isinstance(references, Cases):
         path = Path(references)
         if files := _label_files(path):
-            return files, dict(labels or {})
+            return files, dict(labels or {}), {}
         references = read_cases(path, labels=labels)
-    labelled = [case for case in references.cases if isinstance(case.label, Path)]
-    test = [case for case in labelled if case.split == "test"]
-    files = {case.name: Path(str(case.label)) for case in test or labelled}
+    cases = _to_score(references, Path)
+    files = {case.name: Path(str(case.label)) for case in cases}
     named = labels or {label.name: label.value for label in references.labels}
-    return files, {name: value for name, value in named.items() if value}  # 0 is background
+    scans = {case.name: case.images for case in cases}
+    return files, {name: value for name, value in named.items() if value}, scans  # 0 is background
+
+
+def _to_score(data: Cases, kind: type) -> list[Case]:
+    """The test cases with a label of this kind, or all with one if there are none."""
+    labelled = [case for case in data if isinstance(case.label, kind)]
+    return [case for case in labelled if case.split == "test"] or labelled
+
+
+def _noted_scans(pairs: Mapping[str, tuple[Path, Path]]) -> Scans:
+    """The scans that `segment` noted beside its label maps, by case."""
+    scans: Scans = {}
+    for case, (prediction, _) in pairs.items():
+        name, _ = without_ending(prediction.name)
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            scan = Path(json.loads(prediction.with_name(f"{name}.json").read_bytes())["input"])
+            if scan.exists():
+                scans[case] = (scan,)
+    return scans
+
+
+def _seen(
+    model: str | os.PathLike[str] | None, scans: Scans, cases: Collection[str], allow: bool
+) -> tuple[str, ...] | None:
+    """Of the cases those that the model saw in training; None without a model."""
+    if model is None:
+        return None
+    if unknown := [case for case in cases if case not in scans]:
+        cause = f"the scans of {listed(unknown)} are not known, and so not whether {model} has seen them"
+        raise ArgumentError(cause, "give the data set as references, or leave the model out")
+    entry: Any = load(model).entry
+    found = check_unseen({case: scans[case] for case in cases}, {entry.name: entry.ledger}, allow=allow)
+    return found.get(entry.name, ())
 
 
 def _label_files(path: Path) -> dict[str, Path]:
@@ -318,8 +371,7 @@ def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
 # --- Classification -------------------------------------------------------------------------------------------------
 
 
-def _evaluate_classes(predictions: Path, references: str | os.PathLike[str] | Cases) -> Evaluation:
-    truth = _true_classes(references)
+def _evaluate_classes(predictions: Path, truth: Mapping[str, str]) -> Evaluation:
     used = sorted(set(truth.values()))
     header, rows = _read_table(predictions)
     classes = tuple(name for name in header if name != "case")
@@ -377,19 +429,18 @@ def summarise_classes(
     }
 
 
-def _true_classes(references: str | os.PathLike[str] | Cases) -> dict[str, str]:
-    """The true class by case."""
+def _true_classes(references: str | os.PathLike[str] | Cases) -> tuple[dict[str, str], Scans]:
+    """The true class by case, and the scans by case, as far as these are known."""
     if not isinstance(references, Cases):
         path = Path(references)
         if path.is_file():
             header, rows = _read_table(path)
             if {"case", "label"} <= set(header):
-                return {row["case"]: row["label"] for row in rows}
+                return {row["case"]: row["label"] for row in rows}, {}
         references = read_cases(path, task="classification")
     names = {label.value: label.name for label in references.labels}
-    labelled = [case for case in references.cases if isinstance(case.label, int)]
-    test = [case for case in labelled if case.split == "test"]
-    return {case.name: names[int(str(case.label))] for case in test or labelled}
+    cases = _to_score(references, int)
+    return {case.name: names[int(str(case.label))] for case in cases}, {case.name: case.images for case in cases}
 
 
 def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:

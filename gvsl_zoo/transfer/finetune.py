@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -19,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, listed
 from ..inference.features import WINDOW
 from ..inference.sliding import evaluate, sliding_window
+from ..ledger import LeakageWarning, ledger_of, seen
 from ..losses import dice_loss
 from ..models.backbone import Backbone
 from ..models.heads import HeadedModel
@@ -29,7 +31,7 @@ from ..pretrain.data import Numbers, seeded
 from ..pretrain.learner import Learner, Record, Stop, Taken, drawn, make_accelerator, schedule, stop_signals
 from ..pretrain.loop import tensorboard
 from ..pretrain.run import LOG, Run, State, Tensors
-from ..registry import Label, ModelEntry
+from ..registry import Label, Ledger, ModelEntry
 from ..report import curves_picture
 from ..weights import write_whole
 from ..zoo import HEADED, load
@@ -76,8 +78,10 @@ def finetune(
     split = split_cases(data, seed=config.seed, validation=config.validation, subjects=config.subjects)
     chans = len(split.train[0].images)
     model = build(config, len(labels), chans)
-    entry = describe(config, out.name, model.backbone.entry, labels, split, chans)  # type: ignore[arg-type]
-    entry = replace(entry, parameters=sum(parameter.numel() for parameter in model.parameters()))
+    base: Any = model.backbone.entry
+    entry = describe(config, out.name, base, labels, split, chans)
+    ledger = seen_by_run(split, Ledger(complete=True) if config.from_scratch else base.ledger)
+    entry = replace(entry, parameters=sum(parameter.numel() for parameter in model.parameters()), ledger=ledger)
     ndim = model.backbone.ndim
     crop = entry.input.size if ndim == 2 and config.task == "classification" else config.crop_for(ndim)
     assert crop is not None
@@ -244,6 +248,16 @@ def frozen_features(
         cached(cache, (id(example), weights, tuple(crop)), folder, lambda e=example: replace(e, image=make(e)))  # type: ignore[misc]
         for example in examples
     ]
+
+
+def seen_by_run(split: Split, start: Ledger) -> Ledger:
+    """The ledger of a run from weights with the ledger `start`; warn of validation on what these or training see."""
+    train, val = (ledger_of(path for case in cases for path in case.images) for cases in (split.train, split.val))
+    before = replace(start, scans=(*start.scans, *train.scans))
+    if again := seen({case.name: case.images for case in split.val}, before):
+        text = f"validation on scans that training sees, or the weights saw before: {listed(again)}"
+        warnings.warn(text, LeakageWarning, stacklevel=3)
+    return replace(start, scans=tuple(sorted({*before.scans, *val.scans})))
 
 
 def check_classes(examples: Sequence[Example], labels: Sequence[Label]) -> None:

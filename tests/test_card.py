@@ -1,0 +1,76 @@
+"""Tests of what a card says of input, proof, base and pictures; tests/test_share.py has how it travels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from huggingface_hub import ModelCard
+
+from gvsl_zoo import load, model_info, save_pretrained
+from gvsl_zoo.card import PICTURES, card_files, model_card
+from gvsl_zoo.registry import ModelEntry, Source, list_models
+
+NANO = "gvsl-unet-ct-nano"
+CT = model_info(NANO)
+
+
+def test_the_metadata_is_what_the_hub_knows():
+    """Names of the Hub's model card specification, and nothing of ours."""
+    card = ModelCard(model_card(CT))
+    known = {"datasets", "library_name", "license", "pipeline_tag", "tags", "model-index", "base_model", "license_name"}
+    assert set(card.data.to_dict()) <= known
+    assert card.data.datasets == list(CT.datasets) and card.data.library_name == "gvsl-zoo"
+    assert {result.dataset_name for result in card.data.eval_results} == {one.data for one in CT.evaluation}
+
+
+def test_a_card_tells_the_statistics_of_the_training_images():
+    text, known = model_card(CT), CT.input_statistics
+    assert f"- {known.images} images; " in text and "- voxels below -200 HU: " in text
+    assert "- spacing along x, y, z: 1.5 x 1.5 x 1.5 to 3 x 3 x 8 mm" in text
+    assert "What the training images were" not in model_card(replace(CT, input_statistics=None))
+
+
+@pytest.mark.parametrize(("repo", "name"), [(None, NANO), ("org/model", "hf-hub:org/model")])
+def test_a_card_tells_how_to_check_its_proof(repo, name):
+    text = model_card(CT, repo)
+    assert f"`gvsl-zoo verify --maths {name}`" in text and f"{len(CT.proof.digests)} digests" in text
+    assert "## Proof" not in model_card(replace(CT, proof=None))
+
+
+def test_a_model_with_a_recipe_tells_the_command_that_repeats_it():
+    assert f"`gvsl-zoo reproduce {NANO} --data DATA --out RUN`" in model_card(CT)
+    other = replace(CT, training=replace(CT.training, recipe="by hand"))
+    assert "gvsl-zoo reproduce" not in model_card(other)
+
+
+@pytest.mark.parametrize(
+    ("base", "told"), [("org/model", "org/model"), (NANO, None), ("nobodys-model", None), (None, None)]
+)
+def test_the_base_is_in_the_metadata_where_the_hub_has_it_and_in_the_text_always(base, told):
+    text = model_card(replace(CT, base_model=base))
+    assert ModelCard(text).data.base_model == told and (f"Made from {base}." in text) == (base is not None)
+
+
+def test_the_base_is_the_repository_of_a_registered_model(monkeypatch):
+    import gvsl_zoo.card as room
+
+    source = Source("hub", repo="org/base", file="model.safetensors", revision="0" * 40, bytes=1, sha256="0" * 64)
+    monkeypatch.setattr(room, "model_info", lambda name: replace(CT, sources=(source,)))
+    assert ModelCard(model_card(replace(CT, base_model="base"))).data.base_model == "org/base"
+
+
+def test_pictures_are_shown_where_they_lie_beside_the_card(tmp_path):
+    there = [f"{NANO}-{kind}.png" for kind in PICTURES]
+    text = card_files(CT, pictures=[*there[:2], "other.png"])["README.md"]
+    assert [f"]({name})" in text for name in [*there, "other.png"]] == [True, True, False, False, False]
+    assert "## Pictures" not in model_card(CT)
+    (tmp_path / there[0]).write_bytes(b"")
+    save_pretrained(load(NANO), tmp_path)
+    assert f"]({there[0]})" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_entry_survives_its_own_card(name):
+    entry = model_info(name)
+    assert ModelEntry.from_dict(entry.to_dict()) == entry and ModelCard(model_card(entry)).data.tags
