@@ -24,9 +24,7 @@ THIN = 96  # voxels an axis that are looked at
 FEW_VALUES, LARGEST_LABEL, FLAT = 150, 255, 0.6  # a label map; 0.7 of its neighbours are equal, 0.2 of an image's
 CLIPPED = 0.02  # share of voxels at the upper end, by which a window was applied
 SHUFFLED, JUMP = 0.8, 2.5  # neighbouring slices: of fifteen CT 0.55 to 0.69 of those two apart, and jumps up to 1.9
-BEHIND = (
-    0.03  # of the depth: bones lie behind the middle of the body, from 0.21 behind to 0.006 before it in fifteen CT
-)
+BEHIND = 0.03  # of the depth; bones lie 0.21 behind to 0.006 before the middle of the body in fifteen CT
 FACTOR, LEAST_VIEW, MOST_VIEW = 2.0, 0.5, 1.5  # of the training data's extremes, still taken as like them
 ORIGINAL = "give the original scan, as the scanner's DICOM series or dcm2niix writes it"
 
