@@ -349,8 +349,11 @@ def test_the_command_serves_a_page_and_ends_with_ctrl_c(
     words = ["view", str(tmp_path / "fixed.nii.gz"), str(tmp_path / "moving.nii.gz")]
     with subprocess.Popen([sys.executable, "-m", "gvsl_zoo", *words], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        url = process.stdout.readline().split()[1]
-        (seen,) = drive(browser, url, [{"click": ["fixed", [0.4, 0.4]]}])["seen"]
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 0
+        try:
+            url = process.stdout.readline().split()[1]
+            (seen,) = drive(browser, url, [{"click": ["fixed", [0.4, 0.4]]}])["seen"]
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()  # where the test failed it would wait for ever
     assert np.linalg.norm(np.array(seen["moving"]) - seen["fixed"] - SHIFT_MM) < VOXEL_MM
