@@ -218,7 +218,7 @@ def test_files_that_are_missing_or_other_are_named_with_where_to_get_them(regist
     (tmp_path / "ct").mkdir()
     (tmp_path / "ct/0.nii.gz").write_bytes((scans / "ct/0.nii.gz").read_bytes())
     (tmp_path / "ct/1.nii.gz").write_bytes((scans / "ct/2.nii.gz").read_bytes())
-    with pytest.raises(TrainingError) as caught:
+    with pytest.raises(TrainingError, match="2 of 3 files are not those of the recipe") as caught:
         check_files(recipe, tmp_path)
     assert str(caught.value).startswith("2 of 3 files are not those of the recipe: ct/1.nii.gz is another file: ")
     assert "ct/2.nii.gz is missing (drawn by the tests)" in str(caught.value)
