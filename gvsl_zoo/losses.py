@@ -14,6 +14,7 @@ from .errors import ArgumentError
 from .spatial import full_precision, warp
 
 STABILISER = 1e-5  # added to the product of the two window variances; released code
+ROUNDINGS = 8.0  # machine epsilons of the sums that a window's variance is the difference of: less is rounding
 GEMINI_WEIGHTS = {"ncc": 1.0, "smoothness": 0.4, "deformation": 0.8, "positive": 0.08, "restoration": 100.0}  # paper's
 
 
@@ -39,11 +40,21 @@ def _share_inside(shape: torch.Size, window: int, like: Tensor) -> Tensor:
     return share
 
 
+def _flat(variance: Tensor, total: Tensor, mean: Tensor, voxels: float) -> Tensor:
+    """Where a window's variance is nothing but rounding, and with it all that is divided by it, mask (B, C, *shape).
+
+    In float32 a window of one value has a variance of about 1e-5, of either sign: as much as the stabiliser.
+    """
+    rounding = ROUNDINGS * torch.finfo(variance.dtype).eps
+    return variance < (total.square() / voxels).add_(voxels * mean.square()).mul_(rounding)
+
+
 class _LocalCorrelation(torch.autograd.Function):
     """cc = cross^2 / (var_a var_b + e) a voxel, all three summed over the window, with its gradient in closed form.
 
     The images are centred first, so that variances do not cancel. Windows count fully at the border, where the released
-    code sees zeros outside; `outside` carries what centring would change there.
+    code sees zeros outside; `outside` carries what centring would change there. A window that is flat in an image
+    has correlation and gradient 0.
     """
 
     @staticmethod
@@ -61,6 +72,9 @@ class _LocalCorrelation(torch.autograd.Function):
         var_a = sum_aa.addcmul_(sum_a, sum_a, value=-1 / voxels).addcmul_(edge_a, mean_a, value=2)
         var_b = sum_bb.addcmul_(sum_b, sum_b, value=-1 / voxels).addcmul_(edge_b, mean_b, value=2)
         product = (var_a * var_b).add_(STABILISER)
+        flat = _flat(var_a, sum_a, mean_a, voxels) | _flat(var_b, sum_b, mean_b, voxels)
+        cross.masked_fill_(flat, 0)
+        product.masked_fill_(flat, 1)
         slope = cross / product  # d cc / d cross, halved
         cc = slope * cross
         local_a = sum_a.div_(voxels).addcmul_(outside, mean_a, value=-1)

@@ -125,6 +125,14 @@ def test_every_output_of_the_affine_head_gets_a_gradient(size, outputs):
     assert (gradient != 0).all()
 
 
+@pytest.mark.parametrize("size", [(32, 32, 32), (32, 48)], ids=str)
+def test_a_fresh_module_begins_at_the_identity(size):
+    fixed, moving = pair(*size)
+    answer = GVSL(UNet(len(size), 8, generator=torch.Generator().manual_seed(0)))(fixed, moving)
+    assert 0 < answer.displacement.abs().max() < 0.01
+    torch.testing.assert_close(answer.warped, moving, rtol=0, atol=0.01)
+
+
 @pytest.mark.parametrize("term", ["ncc", "restoration"])
 def test_every_term_reaches_the_first_layer(term):
     model, (fixed, moving) = gvsl(2), pair(32, 32)

@@ -94,6 +94,19 @@ def test_the_gradient_in_float32_is_that_in_float64(shape):
     assert (single - double).abs().max() < 1e-6 * double.abs().max()
 
 
+@pytest.mark.parametrize("shape", [(34, 31, 37), (49, 46)], ids=str)
+@pytest.mark.parametrize("level", [0.0, 0.37, 0.95])
+def test_a_flat_part_leaves_no_rounding_in_the_gradient(shape, level):
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        a, b = (image(tag, shape).to(dtype) for tag in "ab")
+        a[..., : shape[-1] // 2], b[..., : shape[-2] // 2, :] = level, 0.37
+        _LocalCorrelation.apply(a.requires_grad_(), b.requires_grad_(), 9).mean().backward()
+        gradients.append((a.grad.double(), b.grad.double()))
+    for single, double in zip(*gradients, strict=True):
+        assert (single - double).abs().max() < 1e-5 * double.abs().max()
+
+
 @each_shape
 def test_only_the_image_that_asks_gets_a_gradient(shape):
     for asking in (0, 1):

@@ -14,6 +14,9 @@ from .backbone import CONV, Backbone, Features, Linear, initialise, is_released
 from .unet import NEGATIVE_SLOPE, DoubleConv
 
 CHANNELS_PER_RESTORATION_GROUP = 4  # of the restoration head's GroupNorm; released code
+IDENTITY_SD = (
+    1e-5  # of the weights that give a transform: it starts at the identity (Balakrishnan et al. 2019, VoxelMorph)
+)
 
 
 class Matching(NamedTuple):
@@ -66,6 +69,9 @@ class GVSL(nn.Module):
         for name, child in self.named_children():
             if name != "unet":
                 initialise(child, generator)
+        for output in (self.fc_rot, self.fc_scl, self.fc_trans, self.fc_shear, self.out_flow):
+            nn.init.normal_(output.weight, std=IDENTITY_SD, generator=generator)
+            nn.init.zeros_(output.bias)
 
     def affine_parameters(self, fixed: Tensor, moving: Tensor) -> Tensor:
         """Raw affine numbers, (B, 15) or (B, 7) in 2D, from the two bottlenecks (B, C, *shape / stride)."""

@@ -109,14 +109,17 @@ def _read(framed: Tensor, coordinates: Tensor, out: Tensor, mode: str) -> None:
         index = index + first.mul_(stride)
     index = index.flatten()
 
-    def corner(channel: Tensor, offset: int, axis: int) -> Tensor:
+    def corner(channels: Tensor, like: Tensor, offset: int, axis: int) -> Tensor:
         if mode == "nearest" or axis == len(shares):
-            return channel[offset:].index_select(0, index).view(out.shape[1:])
+            return channels[..., offset:].index_select(-1, index).view(like.shape)
         share, stride = shares[axis]
-        return corner(channel, offset, axis + 1).lerp_(corner(channel, offset + stride, axis + 1), share)
+        near, far = (corner(channels, like, offset + step, axis + 1) for step in (0, stride))
+        return near.lerp_(far, share)
 
-    for channel, target in zip(framed.flatten(1), out, strict=True):
-        target.copy_(corner(channel, 0, 0))
+    source = framed.flatten(1)
+    parts = zip(source, out, strict=True) if source.is_cpu else [(source, out)]  # a cache holds one, a launch takes all
+    for channels, target in parts:
+        target.copy_(corner(channels, target, 0, 0))
 
 
 def damage(x: Tensor, generator: torch.Generator) -> Tensor:

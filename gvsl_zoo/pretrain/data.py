@@ -200,7 +200,9 @@ class Pairs(Dataset[Pair]):
         if self.real is not None and float(torch.rand(1, generator=generator)) < scans:
             fixed, moving = self.real.draw(generator)
             if config.views and float(torch.rand(1, generator=generator)) < config.views:
-                return Pair(fixed, fixed, identity_grid(config.crop, fixed).expand(2, -1, *config.crop), True, True)
+                return Pair(
+                    fixed, fixed, identity_grid(config.crop, fixed).expand(2, -1, *config.crop).clone(), True, True
+                )
             return Pair(fixed, moving, torch.zeros(2, config.ndim, *config.crop), False)
         variation = EASIEST_VARIATION + (1 - EASIEST_VARIATION) * difficulty
         return self.synthetic.pair(self.synthetic.subjects(generator, variation))

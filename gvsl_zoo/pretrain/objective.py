@@ -22,6 +22,7 @@ CONTRAST_POINTS = 256  # voxels of each image whose match is sought among the ot
 CONTRAST_TEMPERATURE = 0.1
 SHIFT = 0.12  # of the crop's extent, the most that a pose of its own is shifted
 MATCHED_VOXELS = 1.0  # a point's match lies nearer than this, or it has none
+UNLIKELY, IGNORED = -1e4, -100  # logit and target of a point without a match: no shape depends on how many have one
 
 
 class Batch(NamedTuple):
@@ -224,12 +225,9 @@ def contrast_loss(
         distance = torch.cdist(a[:-1, points].T, b[:-1].T) + candidates
         nearest, matches = distance.min(1)
         kept = (nearest < MATCHED_VOXELS) & (a[-1, points] > 0.99)
-        if kept.sum() < 2:
-            losses.append(f.float().sum() * 0)
-            continue
-        own = F.normalize(f[:, points[kept]].float(), dim=0)
-        theirs = F.normalize(m[:, matches[kept]].float(), dim=0)
-        logits = own.T @ theirs / CONTRAST_TEMPERATURE
-        target = torch.arange(len(logits), device=logits.device)
-        losses.append((F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2)
+        own, theirs = (F.normalize(x.float(), dim=0) for x in (f[:, points], m[:, matches]))
+        logits = (own.T @ theirs / CONTRAST_TEMPERATURE).masked_fill(~(kept[:, None] & kept), UNLIKELY)
+        target = torch.where(kept, torch.arange(len(kept), device=kept.device), IGNORED)
+        both = [F.cross_entropy(x, target, ignore_index=IGNORED, reduction="sum") for x in (logits, logits.T)]
+        losses.append((both[0] + both[1]) / (2 * kept.sum()).clamp_min(1))
     return torch.stack(losses).mean()
