@@ -78,6 +78,28 @@ def test_seeds_that_disagree_widen_the_interval_however_many_cases_agree():
     assert compare(disagreeing).half > 5 * compare(agreeing).half
 
 
+def test_three_factors_cover_the_truth_wherever_the_spread_comes_from():
+    random, covered, runs = np.random.default_rng(0), 0, 400
+    for run in range(runs):
+        spread = np.roll([1.0, 0.3, 0.1], run)
+        parts = [random.normal(size=shape) for shape in ((3, 1, 1), (1, 3, 1), (1, 1, 8), (3, 3, 8))]
+        result = compare(5 + sum(s * part for s, part in zip([*spread, 0.5], parts, strict=True)))
+        covered += abs(result.mean - 5) <= result.half
+    assert covered / runs > 0.925
+
+
+def test_a_factor_that_changes_nothing_does_not_narrow_the_interval():
+    differences = np.random.default_rng(0).normal(1, 1, (3, 6))
+    assert compare(np.stack([differences] * 4)).half >= compare(differences).half - 1e-9
+
+
+def test_over_films_of_both_classes_the_interval_is_delongs():
+    random = np.random.default_rng(0)
+    ordered = random.normal(1, 1, (400, 1)) > random.normal(size=(1, 500))
+    by_class = [ordered.mean(axis).var(ddof=1) / ordered.shape[1 - axis] for axis in (0, 1)]
+    assert compare(ordered[None].astype(float)).half == pytest.approx(1.96 * np.sqrt(sum(by_class)), rel=0.02)
+
+
 def test_the_same_difference_everywhere_is_certain():
     assert compare(np.full((3, 4), 2.0)) == (2.0, 0.0, 0.0)
     assert compare(np.zeros((3, 4))) == (0.0, 0.0, 1.0)

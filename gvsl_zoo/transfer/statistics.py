@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -68,36 +69,48 @@ def auc_interval(auc: float, positives: int, negatives: int) -> Interval:
 
 
 def compare(differences: np.ndarray) -> Comparison:
-    """The paired comparison of two arms over seeds and test cases, both of them random.
+    """The paired comparison of two arms over seeds and test cases, all of them random.
 
     Args:
-        differences: score of one arm minus that of the other, (seeds, cases), at least two seeds.
+        differences: score of one arm minus that of the other, (seeds, cases), at least two seeds; or any number of
+            factors, an axis each: pre-training seeds before these, or for an area under a curve the cases of either
+            class instead of all cases.
 
-    Seeds and cases are crossed, as readers and cases are in a reader study: the variance of the mean has a part of each
-    and of their interaction, estimated from the mean squares of a two-way table, with Satterthwaite's degrees of
-    freedom (Dorfman, Berbaum & Metz 1992; Hillis 2007). With three seeds that alone is somewhat narrow, so the widest
-    of three intervals counts: this one, and Student's over the seeds and over the cases.
+    The factors are crossed, as readers and cases are in a reader study: the variance of the mean has a part of each and
+    of their interactions, estimated from the mean squares of the table, with Satterthwaite's degrees of freedom
+    (Dorfman, Berbaum & Metz 1992; Hillis 2007). With three seeds that alone is somewhat narrow, so the widest interval
+    over all sets of factors counts, of a single factor Student's.
     """
-    seeds, cases = differences.shape
     mean = float(differences.mean())
-    of_seeds, of_cases = differences.mean(1) - mean, differences.mean(0) - mean
-    by_seed = cases * float(of_seeds @ of_seeds) / (seeds - 1)
-    squares = [(by_seed, seeds - 1.0)]  # each estimates seeds * cases * variance of the mean; degrees of freedom
-    if cases > 1:
-        rest = differences - mean - of_seeds[:, None] - of_cases
-        by_case = seeds * float(of_cases @ of_cases) / (cases - 1)
-        both, count = float((rest * rest).sum()) / ((seeds - 1) * (cases - 1)), (seeds - 1) * (cases - 1)
-        squares.append((by_case, cases - 1.0))
-        total = by_seed + by_case - both
-        if total > max(by_seed, by_case):  # otherwise one of the two alone is the wider estimate
-            parts = by_seed**2 / (seeds - 1) + by_case**2 / (cases - 1) + both**2 / count
-            squares.append((total, total**2 / parts))
-    errors = [(math.sqrt(square / (seeds * cases)), degrees) for square, degrees in squares]
+    factors = [axis for axis, size in enumerate(differences.shape) if size > 1]
+    squares = {part: _mean_square(differences, part) for part in _parts(factors)}
+    errors = []  # of the mean, and their degrees of freedom
+    for some in squares:
+        parts = [(-((-1) ** len(part)), *squares[part]) for part in _parts(some)]
+        total = sum(sign * square for sign, square, _ in parts)
+        if len(some) == 1 or total > max(squares[(factor,)][0] for factor in some):  # else one alone is the wider
+            spread = sum(square**2 / degrees for _, square, degrees in parts)
+            errors.append((math.sqrt(total / differences.size), total**2 / spread if spread else 1.0))
     if max(errors)[0] <= 1e-9 * max(1.0, abs(mean)):  # the same difference everywhere
         return Comparison(mean, 0.0, float(mean == 0))
     halves = [_t_quantile(degrees) * error for error, degrees in errors]
     tails = [_t_tail(abs(mean) / error, degrees) if error else 0.0 for error, degrees in errors]
     return Comparison(mean, max(halves), max(tails))
+
+
+def _parts(factors: Sequence[int]) -> list[tuple[int, ...]]:
+    """All sets of one or more of the factors."""
+    return [part for count in range(1, len(factors) + 1) for part in itertools.combinations(factors, count)]
+
+
+def _mean_square(values: np.ndarray, part: tuple[int, ...]) -> tuple[float, float]:
+    """Mean square of the interaction of some factors (of one: its main effect), and its degrees of freedom."""
+    effect, degrees = values, 1.0
+    for axis, size in enumerate(values.shape):
+        mean = effect.mean(axis, keepdims=True)
+        effect = effect - mean if axis in part else mean
+        degrees *= size - 1 if axis in part else 1
+    return values.size / effect.size * float((effect * effect).sum()) / degrees, degrees
 
 
 def holm(p: Sequence[float]) -> list[float]:
