@@ -12,9 +12,10 @@ import numpy as np
 
 from .doctor import Check, Verdict
 from .errors import ArgumentError, GvslZooError
-from .film import read_film
+from .film import read_film, read_for
 from .registry import InputStatistics, ModelEntry
 from .volume import InputWarning, Volume, canonical_view, read_volume
+from .zoo import preprocessing
 
 PERCENTS = (0.5, 5.0, 50.0, 95.0, 99.5)
 AIR_HU, BONE_HU, BODY_HU = -200.0, 250.0, -300.0
@@ -85,11 +86,10 @@ def autopsy(scan: str | os.PathLike[str] | Volume, entry: ModelEntry) -> list[Ch
         scan: the file, as it would be given to `preprocess`, or a volume.
         entry: of the model; its `input_statistics`, if it has them, say what is far outside.
     """
-    read = read_film if entry.ndim == 2 else read_volume
     with warnings.catch_warnings(record=True):  # they are in the volume's notes
         warnings.simplefilter("always", InputWarning)
         try:
-            volume = scan if isinstance(scan, Volume) else read(scan)
+            volume = read_for(scan, preprocessing(entry))
         except GvslZooError as error:
             return [Check("file", "FAIL", error.cause, error.remedy)]
     name = volume.path.name if volume.path else "the volume"

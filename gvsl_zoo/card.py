@@ -119,11 +119,11 @@ def _base_on_hub(entry: ModelEntry) -> str | None:
 
 def _usage(entry: ModelEntry, repo: str | None) -> str:
     source = f"hf-hub:{repo}" if repo else "path/to/this/folder"
-    films = f"net(image)  # (B, {entry.config.get('in_chans', 1)}, H, W), in [0, 1]"
-    call = 'net(net.preprocess("scan.nii.gz"))' if entry.ndim == 3 else films
+    scan = "scan.nii.gz" if entry.ndim == 3 else "film.png"
     task = f', task="{entry.trained_head}"' if entry.trained_head else ""
     result = "logits" if entry.trained_head else "features"
-    return f'```python\nfrom gvsl_zoo import load\n\nnet = load("{source}"{task})\n{result} = {call}\n```'
+    lines = f'net = load("{source}"{task})\n{result} = net(net.preprocess("{scan}"))'
+    return f"```python\nfrom gvsl_zoo import load\n\n{lines}\n```"
 
 
 def _input(entry: ModelEntry) -> str:

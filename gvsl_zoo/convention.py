@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 from .conversion import convert
 from .errors import ArgumentError
-from .inference.features import preprocessing_of, repeated
+from .film import FilmPreprocessing, read_for
+from .inference.features import recipe_of, repeated
 from .models.gemini import GEMINI, WholeModule
 from .pretrain.augment import bend, damage
 from .report import middle
 from .sources import ANYWHERE, Access
-from .volume import CT_WINDOW_HU, Preprocessing, Volume, prepare, read_volume
+from .volume import CT_WINDOW_HU, Preprocessing, Volume, prepare
 from .zoo import load
 
 Window = tuple[float | None, float | None]
@@ -99,15 +100,18 @@ def infer_preprocessing(
         model: the whole 3D module, with its restoration head.
         progress: called with (candidates done, candidates in all).
 
-    Errors: ArgumentError for a model without the head; VolumeError for a scan that cannot be read.
+    Errors: ArgumentError for a model without the head, a 2D one, or a film; VolumeError for a scan that cannot be read.
     """
     if not isinstance(model, WholeModule):
         remedy = 'load the whole module: gvsl_zoo.load(name, task="pretraining")'
         raise ArgumentError(f"{type(model).__name__} has no restoration head", remedy)
-    stated = preprocessing_of(model)
+    stated = recipe_of(model)
+    if isinstance(stated, FilmPreprocessing):
+        remedy = "what a film should be like, its entry and gvsl-zoo doctor --input FILM --model NAME tell"
+        raise ArgumentError("a 2D model: only of 3D models can be found which input they were trained with", remedy)
     with warnings.catch_warnings():  # wrong conventions look wrong
         warnings.simplefilter("ignore")
-        volume = scan if isinstance(scan, Volume) else read_volume(scan)
+        volume = read_for(scan, stated)
         hounsfield = float(volume.data.min()) < -200
         windows = dict(HU_WINDOWS) if hounsfield else dict(OTHER_WINDOWS)
         declared = stated.window or (None, None)

@@ -82,8 +82,12 @@ def _hash_at(path: Path, changed_ns: int, size: int) -> str:
 
 def ledger_of(paths: Iterable[Path], start: Ledger | None = None) -> Ledger:
     """The ledger of a training on these files, from weights with the ledger `start`."""
-    before = start or Ledger(complete=True)
-    return Ledger(before.complete, tuple(sorted({*before.scans, *map(file_hash, paths)})))
+    return joined(start or Ledger(complete=True), Ledger(True, tuple(map(file_hash, paths))))
+
+
+def joined(first: Ledger, second: Ledger) -> Ledger:
+    """The ledger of what has seen all that two ledgers list."""
+    return Ledger(first.complete and second.complete, tuple(sorted({*first.scans, *second.scans})))
 
 
 def seen(cases: Mapping[str, Sequence[Path]], ledger: Ledger) -> tuple[str, ...]:

@@ -91,6 +91,7 @@ Revision = Annotated[str, _pattern("[0-9a-f]{40}", "a commit of 40 hexadecimal d
 Repo = Annotated[str, _pattern("[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*", "org/name")]
 DriveId = Annotated[str, _pattern("[A-Za-z0-9_-]{10,100}", "a Google Drive file id")]
 Orientation = Annotated[str, _pattern("[RL][AP][SI]", "axis codes such as RAS")]
+StoredAxes = Annotated[str, _pattern("(?=.*[RL])(?=.*[AP])(?=.*[SI]).{3}", "axis codes in any order, such as PSL")]
 Count = Annotated[int, _count]
 Byte = Annotated[int, _byte]
 Head = Literal["affine", "deformable", "deformer", "restoration", "segmentation", "classification"]
@@ -245,7 +246,7 @@ class InputStatistics:
     air: tuple[float, float] | None = None
     spacing_mm: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     field_of_view_mm: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    orientations: tuple[Orientation, ...] = ()
+    orientations: tuple[StoredAxes, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

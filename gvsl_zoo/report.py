@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, GvslZooError
-from .film import together
+from .film import known_size, together
 from .registry import Label
 from .transforms import Affine, Grid, warp_volume
 from .volume import Prepared, Volume, canonical_view
@@ -37,7 +37,8 @@ PRETRAINING_PANELS = {
 }
 # Canonical arrays (z, y, x) grow to the head, the front and the patient's right. Radiological convention: seen from
 # the feet and from the front, so that the patient's right is on the left of the picture; sagittal with the front left.
-LETTERS = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # at left, right, top, bottom
+LETTERS = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # at left, right, top, bottom; a film has none
+FILM = "film"  # the plane of a film, which lies as one looks at it
 
 
 LABEL_OPACITY = 0.6
@@ -90,7 +91,8 @@ class Row:
 
 
 def features_picture(prepared: Prepared, components: Tensor, path: str | os.PathLike[str], *, title: str = "") -> None:
-    """A scan in three orthogonal planes and, below, its first three feature components as red, green and blue.
+    """A scan in three orthogonal planes and, below, its first three feature components as red, green and blue; a film
+    with its components beside it.
 
     Args:
         prepared: the scan on the model's grid.
@@ -104,11 +106,19 @@ def features_picture(prepared: Prepared, components: Tensor, path: str | os.Path
 
 
 def scan_rows(prepared: Prepared, components: Tensor) -> list[Row]:
-    """Two rows: the scan, and its feature components."""
+    """Two rows: the scan, and its feature components; of a film one row of both."""
     if components.shape != (3, *prepared.shape):
         raise ArgumentError(f"components of shape {tuple(components.shape)}", f"expected {(3, *prepared.shape)}")
     image = prepared.image[0, 0]
     limits, planes, colours = display_range(image), [], []
+    said = "first three principal components as red, green and blue"
+    if prepared.shape[0] == 1:
+        scale, size = known_size(prepared.source), " × ".join(map(str, reversed(image.shape[1:])))
+        planes = [
+            _panel(image, FILM, 0, prepared.spacing_mm, "film", limits, scale=scale),
+            _panel(components, FILM, 0, prepared.spacing_mm, "components"),
+        ]
+        return [Row("Film and features", f"{size} pixels (columns, rows); {said} (dark background left out)", planes)]
     for axis, (name, index) in enumerate(zip(PLANES, middle(image), strict=True)):
         caption = f"{name}, slice {index + 1} of {image.shape[axis]}"
         planes.append(_panel(image, name, index, prepared.spacing_mm, caption, limits, scale=not axis))
@@ -116,7 +126,7 @@ def scan_rows(prepared: Prepared, components: Tensor) -> list[Row]:
     spacing, shape = (" × ".join(f"{n:.3g}" for n in reversed(v)) for v in (prepared.spacing_mm, prepared.shape))
     return [
         Row("Scan", f"{shape} voxels (x, y, z) of {spacing} mm; patient's right on the left", planes),
-        Row("Features", "first three principal components as red, green and blue (air left out)", colours),
+        Row("Features", f"{said} (air left out)", colours),
     ]
 
 
@@ -190,21 +200,24 @@ def restoration_row(images: Mapping[str, Tensor], spacing_mm: Sequence[float], n
 
 
 def matching_row(images: Mapping[str, Tensor], spacing_mm: Sequence[float], note: str) -> Row:
-    """Coronal slices of "fixed", "moving", "warped", each (D, H, W), and of "displacement", (3, D, H, W) in voxels."""
+    """Coronal slices of "fixed", "moving", "warped", each (D, H, W), and of "displacement", (3, D, H, W) in voxels.
+
+    Of films, (1, H, W), the films themselves, with displacements (2, 1, H, W).
+    """
     fixed, moving, warped = (images[name] for name in ("fixed", "moving", "warped"))
-    index, limits = middle(fixed)[1], display_range(fixed)
+    name, index = (FILM, 0) if len(fixed) == 1 else ("coronal", middle(fixed)[1])
+    limits = display_range(fixed)
     panels = [
-        _panel(image, "coronal", index, spacing_mm, caption, limits, scale=caption == "fixed")
+        _panel(image, name, index, spacing_mm, caption, limits, scale=caption == "fixed")
         for image, caption in ((fixed, "fixed"), (moving, "moving"), (warped, "moving, warped"))
     ]
     for image, when, bar in ((moving, "before", ""), (warped, "after", "share of the range")):
         caption = f"difference {when}"
-        panels.append(
-            _panel(image - fixed, "coronal", index, spacing_mm, caption, (-0.5, 0.5), colours="RdBu_r", bar=bar)
-        )
-    length = (images["displacement"] * torch.tensor(spacing_mm).view(3, 1, 1, 1)).norm(dim=0)
+        panels.append(_panel(image - fixed, name, index, spacing_mm, caption, (-0.5, 0.5), colours="RdBu_r", bar=bar))
+    offsets = images["displacement"]
+    length = (offsets * torch.tensor(spacing_mm[-len(offsets) :]).view(-1, 1, 1, 1)).norm(dim=0)
     top = max(1.0, float(length.max()))
-    panels.append(_panel(length, "coronal", index, spacing_mm, "displacement", (0, top), colours="viridis", bar="mm"))
+    panels.append(_panel(length, name, index, spacing_mm, "displacement", (0, top), colours="viridis", bar="mm"))
     return Row("Matching", note, panels)
 
 
@@ -297,8 +310,9 @@ def display_range(image: Tensor) -> tuple[float, float]:
 
 def plane(array: Tensor, name: str, index: int) -> np.ndarray:
     """One plane of (D, H, W) or (3, D, H, W) as a radiologist looks at it, (rows, columns) or (rows, columns, 3)."""
-    cut = array.select(PLANES.index(name) - 3, index).flip(-2, -1).float().cpu().numpy()
-    return cut if cut.ndim == 2 else np.moveaxis(cut, 0, -1)
+    cut = array.select(-3, index) if name == FILM else array.select(PLANES.index(name) - 3, index).flip(-2, -1)
+    pixels = cut.float().cpu().numpy()
+    return pixels if pixels.ndim == 2 else np.moveaxis(pixels, 0, -1)
 
 
 def _panel(
@@ -310,8 +324,9 @@ def _panel(
     limits: tuple[float, float] = (0.0, 1.0),
     **style: Any,
 ) -> Panel:
-    row, column = (s for axis, s in enumerate(spacing_mm) if axis != PLANES.index(name))
-    return Panel(plane(array, name, index), (row, column), caption, limits, LETTERS[name], **style)
+    across = 0 if name == FILM else PLANES.index(name)
+    row, column = (s for axis, s in enumerate(spacing_mm) if axis != across)
+    return Panel(plane(array, name, index), (row, column), caption, limits, LETTERS.get(name, ""), **style)
 
 
 def draw(rows: Sequence[Row], title: str, path: str | os.PathLike[str]) -> None:

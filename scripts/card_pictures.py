@@ -1,8 +1,8 @@
 """Draw the pictures of a model's card from synthetic anatomy: python scripts/card_pictures.py NAME OUT [--run FOLDER]
 
-OUT/NAME-features.png: a scan and its features; NAME-voxels.png: t-SNE of labelled voxels of several subjects, of an
-untrained network and of the model; NAME-matches.png: two subjects matched; with --run also NAME-curves.png, learning
-curves of the run. --scan gives the scan of the first; everything else needs no data. For 3D models.
+OUT/NAME-features.png: a scan or film and its features; NAME-voxels.png: t-SNE of labelled voxels of several subjects,
+of an untrained network and of the model; NAME-matches.png: two subjects matched; with --run also NAME-curves.png,
+learning curves of the run. --scan gives the scan or film of the first; everything else needs no data.
 """
 
 from __future__ import annotations
@@ -16,24 +16,30 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from sklearn.manifold import TSNE
 from torch import Tensor
 
-from gvsl_zoo.demo import SHAPE, SPACING_MM, as_volume, match
-from gvsl_zoo.inference.features import body, dense_features, prepare_for, preprocessing_of, principal_components
-from gvsl_zoo.pretrain.anatomy import LABELS, sample_subject
+from gvsl_zoo.demo import SHAPE, SPACING_MM, as_volume
+from gvsl_zoo.inference.features import body, dense_features, prepare_for, principal_components
+from gvsl_zoo.pretrain.anatomy import LABELS, sample_film, sample_subject
+from gvsl_zoo.pretrain.config import PretrainConfig
+from gvsl_zoo.pretrain.validate import PAIRS, answer, pairs, validate
+from gvsl_zoo.registry import ModelEntry
 from gvsl_zoo.report import curves_picture, draw, embedding_picture, features_picture, matching_row
-from gvsl_zoo.volume import read_volume
+from gvsl_zoo.spatial import warp
+from gvsl_zoo.volume import Volume
 from gvsl_zoo.weights import write_whole
 from gvsl_zoo.zoo import load, widest_task
 
 WIDTH, MOST_BYTES = 1280, 200_000  # of a picture: pixels, and bytes of its file
-SUBJECTS, VOXELS = 4, 25  # of t-SNE: subjects, and voxels of a label in each
+CROP = {3: (48, 48, 48), 2: (256, 256)}  # of two subjects to match, where the model does not say
+FILM_MM = 384.0  # what a synthetic film spans along its longer axis
+SUBJECTS, VOXELS = 4, {3: 25, 2: 90}  # of t-SNE: subjects, and voxels or pixels of a label in each
 ORGANS = (
     *("lung_left", "lung_right", "airway", "myocardium", "left_ventricle", "right_ventricle", "aorta"),
     *("liver", "spleen", "stomach", "spine", "ribs", "fat", "soft_tissue"),
 )
 NEIGHBOURS = 5  # of a voxel, in other subjects
-PERPLEXITY, STEPS, PUSHED = 30.0, 600, 150  # of t-SNE (van der Maaten and Hinton 2008); steps with exaggeration
 SEED = 2026
 
 
@@ -50,87 +56,97 @@ def main() -> None:
     stem = options.out / entry.name
 
     generator = torch.Generator().manual_seed(SEED)
-    spacing_mm = preprocessing_of(model).spacing_mm or (SPACING_MM,) * 3
-    scan = read_volume(options.scan) if options.scan else as_volume(sample_subject(SHAPE, generator, spacing_mm))
-    prepared = prepare_for(scan, model)
-    local = dense_features(prepared, model)
-    components = principal_components(local, body(prepared, model))
+    drawn, _ = subject_of(entry, generator)
+    prepared = prepare_for(options.scan or drawn, model)
+    components = principal_components(dense_features(prepared, model), body(prepared, model))
     what = options.scan.name if options.scan else "synthetic anatomy"
     features_picture(prepared, components, f"{stem}-features.png", title=f"{entry.name}: features of {what}")
-    voxels_picture(options.name, spacing_mm, generator, f"{stem}-voxels.png")
-    drawn = ["features", "voxels"]
+    voxels_picture(options.name, entry, generator, f"{stem}-voxels.png")
+    kinds = ["features", "voxels"]
     if "registration" in entry.tasks:
-        images, numbers = match(model, spacing_mm, torch.Generator().manual_seed(SEED))
-        note = f"organ Dice {numbers['dice_before']:.2f} → {numbers['dice_after']:.2f}, mean of four pairs"
-        draw([matching_row(images, spacing_mm, note)], f"{entry.name}: synthetic subjects", f"{stem}-matches.png")
-        drawn.append("matches")
+        matches_picture(model, entry, f"{stem}-matches.png")
+        kinds.append("matches")
     if options.run:
         log = [json.loads(line) for line in (options.run / "log.jsonl").read_text().splitlines()]
         curves_picture(log, f"{stem}-curves.png", title=f"{entry.name}: learning curves")
-        drawn.append("curves")
-    for kind in drawn:
+        kinds.append("curves")
+    for kind in kinds:
         path = Path(f"{stem}-{kind}.png")
         print(f"{path}: {shrunk(path) / 1000:.0f} kB")
 
 
-def voxels_picture(name: str, spacing_mm: tuple[float, ...], generator: torch.Generator, path: str) -> None:
+def subject_of(entry: ModelEntry, generator: torch.Generator) -> tuple[Volume, dict[str, Tensor]]:
+    """A synthetic scan or film as the model sees it, and where it shows which organ: (D, H, W) or (1, H, W) bool."""
+    if entry.ndim == 3:
+        z, y, x = entry.input.spacing_mm or (SPACING_MM,) * 3
+        subject = sample_subject(SHAPE, generator, (z, y, x))
+        return as_volume(subject), {organ: subject.labels == LABELS[organ] for organ in ORGANS}
+    H, W = entry.input.size or CROP[2]
+    mm = FILM_MM / max(H, W)
+    film = sample_film((H, W), generator, (mm, mm))
+    left, right, heart, spine = film.masks[:, None]
+    other = heart | spine  # before and behind them are lungs too, so that the heart is nowhere alone
+    shown = {"lung left": left & ~right & ~other, "lung right": right & ~left & ~other}
+    pixels = (255 * film.image).round().byte().numpy()
+    return Volume(pixels.T[:, :, None], np.diag([mm, mm, 1, 1])), shown | {
+        "heart": heart & ~spine,
+        "spine": spine & ~heart,
+    }
+
+
+def voxels_picture(name: str, entry: ModelEntry, generator: torch.Generator, path: str) -> None:
     """t-SNE of features of labelled voxels, as in He et al. 2023, fig. 7: untrained on the left, pre-trained right."""
-    subjects = [sample_subject(SHAPE, generator, spacing_mm) for _ in range(SUBJECTS)]  # type: ignore[arg-type]
-    places = [[_drawn(subject.labels == LABELS[organ], generator) for organ in ORGANS] for subject in subjects]
-    organs = np.concatenate([np.repeat(np.arange(len(ORGANS)), [len(p) for p in row]) for row in places])
+    subjects = [subject_of(entry, generator) for _ in range(SUBJECTS)]
+    places = [[_drawn(mask, VOXELS[entry.ndim], generator) for mask in masks.values()] for _, masks in subjects]
+    organs = np.concatenate([np.repeat(np.arange(len(row)), [len(p) for p in row]) for row in places])
     owners = np.concatenate([np.full(sum(map(len, row)), number) for number, row in enumerate(places)])
+    unit = "voxels" if entry.ndim == 3 else "pixels"
     torch.manual_seed(SEED)  # of the network from scratch
     panels = {}
     for title, pretrained in (("from scratch", False), ("pre-trained", True)):
         model = load(name, pretrained=pretrained)
         vectors = []
-        for subject, row in zip(subjects, places, strict=True):
-            local = dense_features(prepare_for(as_volume(subject), model), model).flatten(1)
+        for (scan, _), row in zip(subjects, places, strict=True):
+            local = dense_features(prepare_for(scan, model), model).flatten(1)
             vectors.append(local[:, torch.cat(row)].T)
         x = torch.cat(vectors).double()
         x = (x - x.mean(0)) / x.std(0).clamp_min(1e-9)
         share = neighbours_of_the_same_label(x, organs, owners)
-        what = f"{title}: {100 * share:.0f} % of nearest voxels in other subjects are of the same organ"
-        panels[what] = tsne(x).numpy()
-    names = [organ.replace("_", " ") for organ in ORGANS]
-    title = f"{name}: features of labelled voxels of {SUBJECTS} synthetic subjects, t-SNE"
+        what = f"{title}: {100 * share:.0f} % of nearest {unit} in other subjects are of the same organ"
+        panels[what] = TSNE(random_state=SEED).fit_transform(x.float().numpy())
+    names = [organ.replace("_", " ") for organ in subjects[0][1]]
+    title = f"{entry.name}: features of labelled {unit} of {SUBJECTS} synthetic subjects, t-SNE"
     embedding_picture(panels, organs, names, path, title=title)
 
 
-def _drawn(mask: Tensor, generator: torch.Generator) -> Tensor:
+def _drawn(mask: Tensor, count: int, generator: torch.Generator) -> Tensor:
     inside = mask.flatten().nonzero()[:, 0]
-    return inside[torch.randperm(len(inside), generator=generator)[:VOXELS]]
+    return inside[torch.randperm(len(inside), generator=generator)[:count]]
 
 
 def neighbours_of_the_same_label(x: Tensor, organs: np.ndarray, owners: np.ndarray) -> float:
-    """Share of each voxel's nearest ones in other subjects that have its label; chance is one in `ORGANS`."""
+    """Share of each voxel's nearest ones in other subjects that have its label; chance is one in the labels."""
     distance = torch.cdist(x, x).numpy()
     distance[owners[:, None] == owners] = np.inf
     nearest = np.argsort(distance, 1)[:, :NEIGHBOURS]
     return float((organs[nearest] == organs[:, None]).mean())
 
 
-def tsne(x: Tensor) -> Tensor:
-    """t-SNE of rows (N, C) in two dimensions, (N, 2), exact: for a few thousand rows; from their first components."""
-    squared = torch.cdist(x, x).square().fill_diagonal_(torch.inf)
-    low, high = torch.full((len(x), 1), -30.0, dtype=x.dtype), torch.full((len(x), 1), 30.0, dtype=x.dtype)
-    for _ in range(60):  # bisection for the widths, in logarithms
-        middle = (low + high) / 2
-        p = torch.softmax(-squared * middle.exp(), 1)
-        entropy = -(p * p.clamp_min(1e-300).log()).sum(1, keepdim=True)
-        wide = entropy > np.log(PERPLEXITY)
-        low, high = torch.where(wide, middle, low), torch.where(wide, high, middle)
-    p = ((p + p.T) / (2 * len(x))).clamp_min(1e-12)
-    y = torch.linalg.svd(x - x.mean(0), full_matrices=False).U[:, :2] * 1e-2
-    speed = torch.zeros_like(y)
-    for step in range(STEPS):
-        q = 1 / (1 + torch.cdist(y, y).square())
-        q.fill_diagonal_(0)
-        pull = ((12 if step < PUSHED else 1) * p - q / q.sum()) * q
-        gradient = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)
-        speed = (0.5 if step < PUSHED else 0.8) * speed - len(x) / 12 * gradient
-        y = y + speed
-    return y
+def matches_picture(model: Any, entry: ModelEntry, path: str) -> None:
+    """The first of the pairs of synthetic subjects that validate a training, and the means over all."""
+    crop = entry.input.window or entry.input.size or CROP[entry.ndim]
+    mm = entry.input.spacing_mm[0] if entry.input.spacing_mm else SPACING_MM if entry.ndim == 3 else FILM_MM / max(crop)
+    config = PretrainConfig(steps=1, ndim=entry.ndim, crop=crop, spacing_mm=mm)
+    fixed, moving, _, damaged = next(pairs(config, next(model.parameters()).device))
+    with torch.inference_mode():
+        displacement = answer(model, fixed, moving, damaged).displacement
+    images = {"fixed": fixed, "moving": moving, "warped": warp(moving, displacement), "displacement": displacement}
+    shown = {name: image[0] if name == "displacement" else image[0, 0] for name, image in images.items()}
+    if entry.ndim == 2:
+        shown = {name: image.unsqueeze(-3) for name, image in shown.items()}
+    numbers = validate(model, config)
+    note = f"organ Dice {numbers['dice_before']:.2f} → {numbers['dice_after']:.2f}, mean of {PAIRS} pairs"
+    draw([matching_row(shown, (mm,) * 3, note)], f"{entry.name}: synthetic subjects", path)
 
 
 def shrunk(path: Path) -> int:

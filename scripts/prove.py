@@ -38,7 +38,7 @@ def plain(value: Any) -> str:
 def with_field(text: str, name: str, field: str, record: Proof | InputStatistics) -> str:
     """The registry's text with one field of one model replaced, or added at its end."""
     start = text.index(f"\n  {name}:\n") + 1
-    following = re.search(r"\n+  [^ \n]", text[start + 1 :])
+    following = re.search(r"\n+ {0,2}[^ \n]", text[start + 1 :])
     end = start + 1 + following.start() if following else len(text.rstrip())
     entry = re.sub(rf"\n    {field}:.*(\n {{5,}}.*)*", "", text[start:end])
     return text[:start] + f"{entry}\n    {field}:\n{lines_of(record)}" + text[end:]

@@ -231,6 +231,12 @@ def test_a_volume_is_no_film(scan, tmp_path):
     assert "64 slices for a model of films" in found.seen and "choose a 3D model" in found.fix
 
 
+def test_a_film_is_no_volume(tmp_path):
+    pytest.importorskip("PIL")
+    [found] = autopsy(a_film(0, tmp_path / "film.png"), CT)
+    assert "is a film, the model one of volumes" in found.seen and "choose a 2D model" in found.fix
+
+
 # --- Statistics ---------------------------------------------------------------------------------------------------
 
 

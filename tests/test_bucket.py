@@ -26,8 +26,9 @@ from gvsl_zoo.pretrain import upload
 from gvsl_zoo.pretrain.bucket import Bucket
 from gvsl_zoo.pretrain.config import PretrainConfig
 from gvsl_zoo.pretrain.data import Pairs, StorePairs
-from gvsl_zoo.pretrain.store import Store
+from gvsl_zoo.pretrain.store import HASHES, LEDGER, Store
 from gvsl_zoo.pretrain.upload import upload_store
+from gvsl_zoo.registry import Ledger
 
 zarr = pytest.importorskip("zarr", reason="needs gvsl-zoo[cluster]")
 fsspec = pytest.importorskip("fsspec", reason="needs gvsl-zoo[cluster]")
@@ -98,6 +99,19 @@ def test_a_store_behind_a_url_is_the_store_in_the_folder(tmp_path, store, volume
             (3, (200, 0, 0), (4, 4, 4)),
         ):
             assert torch.equal(remote.crop(i, start, shape), local.crop(i, start, shape))
+
+
+def test_a_store_behind_a_url_tells_its_scans_and_an_old_one_does_not(tmp_path, store):
+    upload_store(store, f"file://{tmp_path}/remote")
+    assert Store(f"file://{tmp_path}/remote").ledger == Ledger(complete=False)
+    rows = np.zeros(4, HASHES)
+    rows["sha256"], rows["scan_hash"] = np.load(store / "index.npy")["sha256"], np.arange(4)[:, None]
+    np.save(store / LEDGER, rows)
+    upload_store(store, f"file://{tmp_path}/remote")
+    known = Ledger(True, tuple(f"{i:02x}" * 32 for i in range(4)))
+    assert Store(f"file://{tmp_path}/remote").ledger == Store(store).ledger == known
+    with FileServer(tmp_path) as server:
+        assert Store(f"{server.url}/remote").ledger == known
 
 
 def test_films_have_chunks_of_their_own(tmp_path):

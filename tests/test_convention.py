@@ -16,6 +16,7 @@ from gvsl_zoo.cli import main
 from gvsl_zoo.convention import Candidate, Ranking, infer_preprocessing, whole_module
 from gvsl_zoo.demo import as_volume
 from gvsl_zoo.errors import ArgumentError
+from gvsl_zoo.film import FilmPreprocessing
 from gvsl_zoo.models.gvsl import GVSL
 from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.pretrain.anatomy import sample_subject
@@ -110,6 +111,16 @@ def test_a_backbone_has_no_restoration_head(scan):
         ArgumentError, match=r'UNet has no restoration head; load the whole module: .*task="pretraining"'
     ):
         infer_preprocessing(scan, load(NANO))
+
+
+def test_a_model_of_films_is_refused_and_a_film_for_a_model_of_volumes(scan, tmp_path):
+    films = GVSL(UNet(2, 8, generator=torch.Generator().manual_seed(0)), affine_width=16)
+    films.preprocessing = FilmPreprocessing()
+    with pytest.raises(ArgumentError, match=r"a 2D model: only of 3D models .* gvsl-zoo doctor --input FILM"):
+        infer_preprocessing(scan, films)
+    (tmp_path / "film.png").write_bytes(b"")
+    with pytest.raises(ArgumentError, match=r"film\.png' is a film, the model one of volumes"):
+        infer_preprocessing(tmp_path / "film.png", Oracle(lambda local: local, Preprocessing(MM)))
 
 
 @pytest.mark.slow

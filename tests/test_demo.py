@@ -13,6 +13,7 @@ import torch
 from gvsl_zoo import demo, report
 from gvsl_zoo.demo import DemoResult, run_demo
 from gvsl_zoo.errors import ArgumentError, GvslZooError, VolumeError
+from gvsl_zoo.film import FilmPreprocessing, prepare_film
 from gvsl_zoo.inference.features import prepare_for
 from gvsl_zoo.models.gvsl import GVSL
 from gvsl_zoo.models.unet import UNet
@@ -129,6 +130,23 @@ def test_a_features_picture_has_true_proportions(model: GVSL, tmp_path: Path) ->
     report.features_picture(prepared, torch.rand(3, *prepared.shape), tmp_path / "bild größe.png")
     assert width_and_height(tmp_path / "bild größe.png")[0] == 1920
     assert [p.name for p in tmp_path.iterdir()] == ["bild größe.png"]
+
+
+def test_a_film_is_shown_as_it_lies_with_its_components_beside_it(tmp_path: Path) -> None:
+    pixels = np.arange(6 * 4, dtype=np.uint8).reshape(6, 4)  # rows, columns
+    prepared = prepare_film(Volume(pixels.T[:, :, None], np.diag([2.0, 3.0, 1.0, 1.0])), FilmPreprocessing())
+    [row] = report.scan_rows(prepared, torch.rand(3, 1, 6, 4))
+    assert [panel.size_mm for panel in row.panels] == [(18.0, 8.0)] * 2 and not any(p.letters for p in row.panels)
+    np.testing.assert_allclose(row.panels[0].pixels, pixels / 255, atol=1e-6)
+
+
+def test_matched_films_are_shown_whole_with_their_displacement_in_millimetres() -> None:
+    image = torch.rand(1, 6, 4)
+    displacement = torch.stack([torch.full((1, 6, 4), 3.0), torch.full((1, 6, 4), 4.0)])
+    images = {"fixed": image, "moving": image, "warped": image, "displacement": displacement}
+    panels = report.matching_row(images, (2.0, 2.0, 2.0), "").panels
+    assert torch.equal(torch.from_numpy(panels[0].pixels), image[0]) and panels[-1].bar == "mm"
+    np.testing.assert_allclose(panels[-1].pixels, 10.0)
 
 
 def test_components_on_another_grid_are_refused(model: GVSL, tmp_path: Path) -> None:

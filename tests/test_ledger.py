@@ -9,17 +9,25 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from click.testing import CliRunner
 from PIL import Image
 from test_film import write_dicom
+from test_prepare import before_the_ledger
 
-from gvsl_zoo import load, model_info, save_pretrained
+from gvsl_zoo import load, model_info, save_pretrained, write_volume
+from gvsl_zoo.cli import main
+from gvsl_zoo.demo import as_volume
 from gvsl_zoo.errors import ArgumentError, VolumeError
-from gvsl_zoo.ledger import LeakageWarning, check_unseen, file_hash, ledger_of, scan_hash, seen
+from gvsl_zoo.ledger import LeakageWarning, check_unseen, file_hash, joined, ledger_of, scan_hash, seen
+from gvsl_zoo.pretrain import loop
+from gvsl_zoo.pretrain.anatomy import sample_subject
 from gvsl_zoo.recipes import check_files, read_recipe
 from gvsl_zoo.registry import Ledger, ModelEntry
 from gvsl_zoo.volume import Volume
 
 NANO = "gvsl-unet-ct-nano"
+UNSURE = "not all scans of the training are known"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 AFFINE = np.diag([1.5, 2.0, 4.0, 1.0])
 ORIENTATIONS = [
@@ -169,7 +177,7 @@ def test_a_test_on_what_was_seen_is_refused_with_the_files_named(cases):
 
 
 def test_weights_that_do_not_tell_all_they_saw_are_warned_of(cases):
-    with pytest.warns(LeakageWarning, match="mine: not all scans of the training are known"):
+    with pytest.warns(LeakageWarning, match=f"mine: {UNSURE}"):
         check_unseen(cases, {"mine": Ledger(complete=False)})
 
 
@@ -183,6 +191,78 @@ def test_an_entry_carries_its_ledger_and_weights_that_changed_no_longer_tell_all
     next(model.parameters()).data.add_(1)
     save_pretrained(model, tmp_path / "changed")
     assert load(tmp_path / "changed").entry.ledger == replace(entry.ledger, complete=False)
+
+
+# --- From a store to a test -----------------------------------------------------------------------------------------
+
+
+def run(*words):
+    result = CliRunner().invoke(main, [*map(str, words)])
+    assert "unexpected" not in result.output, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Four synthetic CTs and their lungs: a and b, of which training gets a store, and c and d, which it never sees."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for seed, name in enumerate("abcd"):
+        subject = sample_subject((20, 18, 22), torch.Generator().manual_seed(seed), (9.0, 9.0, 9.0))
+        image = as_volume(subject)
+        lungs = replace(image, data=((subject.labels == 2) | (subject.labels == 3)).byte().numpy().T)
+        for part in ("all", "seen" if name in "ab" else "new"):
+            for kind, volume in (("images", image), ("labels", lungs)):
+                (folder / part / kind).mkdir(parents=True, exist_ok=True)
+                write_volume(volume, folder / part / kind / f"{name}.nii.gz")
+    return folder
+
+
+@pytest.fixture
+def trained(labelled, tmp_path, monkeypatch):
+    """The folder of a run of two steps on the store of a and b, after what a test did to the store."""
+    monkeypatch.setattr(loop, "draw_run", lambda *_: None)
+
+    def train(change=lambda store: store, *options):
+        store = tmp_path / "store"
+        result = run("prepare", "-i", labelled / "seen/images", "-o", store, "--spacing-mm", 9)
+        assert result.exit_code == 0, result.output
+        change(store)
+        words = ["--data", store, "--out", tmp_path / "run", "--steps", 2, "--crop", 16, "--workers", 0]
+        result = run("pretrain", *words, "--set", "spacing_mm=9", "--device", "cpu", *options)
+        assert result.exit_code == 0, result.output
+        return tmp_path / "run"
+
+    return train
+
+
+def scored(labelled, part, model, out):
+    data = labelled / part
+    return run("evaluate", "--predictions", data / "labels", "--references", data, "--model", model, "-o", out)
+
+
+def test_a_run_on_a_store_tells_its_scans_and_is_not_tested_on_them(labelled, trained, tmp_path):
+    model = trained()
+    assert load(model).entry.ledger == ledger_of((labelled / "seen/images").iterdir())
+    refused = scored(labelled, "all", model, tmp_path / "scores")
+    assert refused.exit_code == 2 and "has seen 2 of 4 test cases in training: " in refused.output
+    assert all(f"images/{name}.nii.gz" in refused.output for name in "ab")
+    allowed = scored(labelled, "new", model, tmp_path / "scores")
+    assert allowed.exit_code == 0 and UNSURE not in allowed.output
+    words = ["--data", labelled / "seen", "--model", model, "--out", tmp_path / "bench", "--counts", 1]
+    refused = run("bench", *words)
+    assert refused.exit_code == 2 and "has seen 1 of 1 test cases in training: " in refused.output
+
+
+def test_a_run_on_a_store_of_an_older_version_is_warned_of(labelled, trained, tmp_path):
+    model = trained(before_the_ledger)
+    assert load(model).entry.ledger == Ledger(complete=False)
+    warned = scored(labelled, "seen", model, tmp_path / "scores")
+    assert warned.exit_code == 0 and UNSURE in warned.output
+
+
+def test_a_run_on_a_store_that_goes_on_from_other_weights_has_seen_what_both_saw(labelled, trained):
+    own, start = ledger_of((labelled / "seen/images").iterdir()), model_info(NANO).ledger
+    assert load(trained(lambda store: store, "--init", NANO)).entry.ledger == joined(own, start)
 
 
 def test_the_registrys_ledger_is_that_of_the_recipes_scans():

@@ -19,15 +19,19 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from test_dicom import write_series
 from test_film import write_dicom
 from test_volume import CONTENTS, DATA, ORIENTATIONS, turned_affine
 
 from gvsl_zoo.cli import main
 from gvsl_zoo.errors import ArgumentError, VolumeError
+from gvsl_zoo.ledger import ledger_of
 from gvsl_zoo.pretrain import prepare as room
+from gvsl_zoo.pretrain import store as store_room
 from gvsl_zoo.pretrain.prepare import prepare_store
-from gvsl_zoo.pretrain.store import Store
+from gvsl_zoo.pretrain.store import LEDGER, Store
+from gvsl_zoo.registry import Ledger
 from gvsl_zoo.volume import InputWarning, Preprocessing, prepare, read_volume
 
 
@@ -157,6 +161,76 @@ def test_real_scans_of_ct_become_a_store(tmp_path):
     wanted = prepare(read_volume(DATA / names[1]), Preprocessing((3.0,) * 3)).image[0]
     assert store.subject_names == sorted(names)
     assert (store.crop(0, (0, 0, 0), wanted.shape[1:]) - wanted).abs().max() <= 0.5 / 2048 + 1e-6
+
+
+# ---- whose scans they are
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_ledger_of_a_store_is_that_of_its_files(tmp_path, scans, workers):
+    write_series(scans / "series", phantom(8))
+    (scans / "again.nii").write_bytes((scans / "a.nii").read_bytes())
+    (scans / "bad.nii").write_bytes(b"")
+    prepare_store(scans, tmp_path / "s", spacing_mm=3.0, workers=workers)
+    files = [path for path in scans.rglob("*.nii*") if path.name != "bad.nii"]
+    found = Store(tmp_path / "s").ledger
+    assert found == ledger_of([*files, scans / "series"]) and len(found.scans) == 6 and found.complete
+
+
+@pytest.mark.parametrize("unit", ["grey", "arbitrary"])
+def test_the_ledger_of_a_store_of_films_is_that_of_their_files(tmp_path, unit):
+    (tmp_path / "in").mkdir()
+    first, second = np.random.default_rng(0).integers(0, 256, (2, 20, 30), np.uint8)
+    Image.fromarray(first).save(tmp_path / "in/a.png")
+    write_dicom(tmp_path / "in/b.dcm", second)
+    prepare_store(tmp_path / "in", tmp_path / "s", ndim=2, unit=unit, size=16)
+    assert Store(tmp_path / "s").ledger == ledger_of((tmp_path / "in").iterdir())
+
+
+def test_the_ledger_follows_the_scans_that_a_store_holds_now(tmp_path, scans):
+    prepare_store(scans, tmp_path / "s")
+    (scans / "a.nii").rename(scans / "moved.nii")
+    save(scans / "b.nii.gz", phantom(20))
+    table = write_table(tmp_path / "t.csv", [{"path": "moved.nii"}, {"path": "b.nii.gz"}])
+    report = prepare_store(scans, tmp_path / "s", table=table)
+    assert report.volumes == 2 and Store(tmp_path / "s").ledger == ledger_of([scans / "moved.nii", scans / "b.nii.gz"])
+
+
+def before_the_ledger(store: Path) -> Path:
+    """The store as an older version left it."""
+    (store / LEDGER).unlink()
+    for journal in (store / "shards").glob("*.jsonl"):
+        records = [json.loads(line) for line in journal.read_text().splitlines()]
+        journal.write_text("".join(json.dumps({k: r[k] for k in r if k != "scan_hash"}) + "\n" for r in records))
+    return store
+
+
+def test_a_store_of_an_older_version_opens_grows_and_does_not_claim_to_know_its_scans(tmp_path, scans):
+    store = before_the_ledger(prepare_store(scans, tmp_path / "s").store)
+    assert Store(store).ledger == Ledger(complete=False) and len(Store(store)) == 5
+    save(scans / "new.nii", phantom(30))
+    report = prepare_store(scans, store)
+    assert (report.prepared, report.kept) == (1, 5)
+    assert Store(store).ledger == replace(ledger_of([scans / "new.nii"]), complete=False)
+
+
+def test_a_store_of_more_scans_than_an_entry_lists_does_not_claim_to_know_them(tmp_path, scans, monkeypatch):
+    prepare_store(scans, tmp_path / "s")
+    monkeypatch.setattr(store_room, "MOST_LISTED", 4)
+    assert Store(tmp_path / "s").ledger == Ledger(complete=False)
+
+
+@pytest.mark.parametrize(("damage", "message"), [(lambda x: x[:-1], "ledger.npy: "), (None, "is no list of hashes")])
+def test_a_damaged_ledger_is_named_and_mended_by_the_next_run(tmp_path, scans, damage, message):
+    path = prepare_store(scans, tmp_path / "s").store / LEDGER
+    if damage:
+        path.write_bytes(damage(path.read_bytes()))
+    else:
+        np.save(path, np.zeros(3))
+    with pytest.raises(VolumeError, match=f"is damaged: .*{message}.*; run 'gvsl-zoo prepare' on it again"):
+        _ = Store(tmp_path / "s").ledger
+    prepare_store(scans, tmp_path / "s")
+    assert len(Store(tmp_path / "s").ledger.scans) == 5
 
 
 # ---- tables
@@ -473,7 +547,7 @@ def test_a_run_killed_at_any_moment_is_finished_by_the_next(tmp_path, scans, mon
         moments = Moments(patch)
         prepare_store(scans, tmp_path / "s")
     reference = content(Store(tmp_path / "s"))
-    assert moments.count == 3 * 2 * 3 + 6 * 2 and len(reference) == 3
+    assert moments.count == 3 * 2 * 3 + 7 * 2 and len(reference) == 3
     for at in range(moments.count):
         store = tmp_path / f"killed{at}"
         with monkeypatch.context() as patch:
@@ -486,6 +560,7 @@ def test_a_run_killed_at_any_moment_is_finished_by_the_next(tmp_path, scans, mon
         report = prepare_store(scans, store)
         assert report.prepared + report.kept == 3 and report.kept >= (at - 2) // 6 - 1
         assert content(Store(store)) == reference and quarantined(store).keys() == {"bad.nii"}
+        assert Store(store).ledger == Store(tmp_path / "s").ledger
         assert not list(store.rglob("*.partial"))
 
 
@@ -493,7 +568,7 @@ def test_a_run_killed_at_any_moment_is_finished_by_the_next(tmp_path, scans, mon
 def test_kill_after_kill_makes_progress(tmp_path, scans, monkeypatch):
     store, runs = tmp_path / "s", 0
     with monkeypatch.context() as patch:
-        Moments(patch, kill_self, 11)  # in the second volume; what follows the last takes 10
+        Moments(patch, kill_self, 13)  # in the second volume; what follows the last takes 12
         while killed(prepare_store, scans, store):
             runs += 1
             assert runs < 20

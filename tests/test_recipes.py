@@ -302,10 +302,19 @@ def test_a_number_that_is_not_reached_is_shown_and_makes_the_exit_code_1(registe
     assert re.search(r"spice +1 \+- 0\.1 +none +NOT REACHED", result.output)
 
 
-def test_a_film_model_of_another_objective_is_made_again(registered, scans, tmp_path):
-    name = registered(settings=FILM_SETTINGS, data=rows(scans, "xray/*"), film_size=24)
+@pytest.mark.parametrize("objective", ["gemini", "gvsl"])
+def test_a_film_model_is_made_again(objective, registered, scans, tmp_path):
+    settings = FILM_SETTINGS | {"objective": objective}
+    name = registered(settings=settings, data=rows(scans, "xray/*"), film_size=24)
     result = reproduce(name, tmp_path / "run", scans, device="cpu")
     assert result.reached and load(tmp_path / "run", task="pretraining").entry.modality == "X-ray"
+
+
+@pytest.mark.parametrize("changes", [{"backbone": "xmorpher", "width": 16}, {"objective": "gemini"}], ids=str)
+def test_a_3d_model_of_another_kind_is_made_again(changes, registered, scans, tmp_path):
+    name = registered(settings=SETTINGS | changes, data=rows(scans, "ct/*"))
+    result = reproduce(name, tmp_path / "run", scans, device="cpu")
+    assert result.reached and load(tmp_path / "run", task="pretraining").entry.ledger.complete
 
 
 def test_a_try_of_few_steps_has_no_verdict(registered, tmp_path):

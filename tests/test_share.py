@@ -24,6 +24,7 @@ import torch
 import yaml
 from hub_server import Hub, at, fault, html_portal, reset, status
 from huggingface_hub import ModelCard
+from PIL import Image
 
 from gvsl_zoo import from_pretrained, load, model_info, push_to_hub, registry, save_pretrained
 from gvsl_zoo.card import card_files, model_card
@@ -198,10 +199,11 @@ def test_the_python_of_a_card_for_films_runs(chans, tmp_path, monkeypatch):
     entry = replace(MINE, config={"ndim": 2, "width": 8}, ndim=2, modality="X-ray", heads=(), input=films)
     unet = UNet(2, 8, in_chans=chans, generator=torch.Generator().manual_seed(0)).eval()
     folder = save_pretrained(unet, tmp_path / "path/to/this/folder", entry=entry).parent
-    text, image = (folder / "README.md").read_text(), torch.rand(1, chans, 32, 32)
-    names = {"image": image}
-    exec(block_of(text), names)
-    assert torch.equal(names["features"], unet(image)) and f"(B, {chans}, H, W)" in text
+    Image.fromarray((255 * torch.rand(32, 48)).byte().numpy()).save(tmp_path / "film.png")
+    names: dict = {}
+    exec(block_of((folder / "README.md").read_text()), names)
+    with torch.no_grad():
+        assert torch.equal(names["features"], unet(load(folder).preprocess("film.png")))
 
 
 def test_a_pushed_card_tells_how_to_load_it_from_there():

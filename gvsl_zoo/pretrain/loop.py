@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..ledger import joined
 from ..models.backbone import Backbone
 from ..models.gemini import GEMINI, WholeModule
 from ..models.gvsl import GVSL
@@ -23,7 +24,7 @@ from ..models.xmorpher import XMorpher
 from ..registry import Ledger, ModelEntry
 from ..report import curves_picture
 from .config import PretrainConfig
-from .data import Numbers, Pair, Pairs, PairSource, seeded
+from .data import Numbers, Pair, Pairs, PairSource, StorePairs, seeded
 from .entry import describe, finish
 from .learner import Learner, Record, Stop, Taken, drawn, make_accelerator, schedule, stop_signals
 from .objective import Batch, make_batch, tasks_of
@@ -161,9 +162,10 @@ def build(config: PretrainConfig, init: WholeModule | None) -> WholeModule:
 
 
 def ledger_from(real: PairSource | None, init: WholeModule | None) -> Ledger:
-    """What a run is known to have seen: what its start had seen; the scans of a store do not tell who they are."""
+    """What a run is known to have seen: what its start had seen, and all scans of its store; others are not known."""
     before: Any = getattr(getattr(init, "entry", None), "ledger", Ledger(complete=init is None))
-    return replace(before, complete=before.complete and real is None)
+    own = real.store.ledger if isinstance(real, StorePairs) else Ledger(complete=real is None)
+    return joined(before, own)
 
 
 def make_learner(model: WholeModule, config: PretrainConfig, accelerator: Any) -> Learner[WholeModule]:

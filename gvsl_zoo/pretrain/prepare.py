@@ -18,7 +18,15 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -34,9 +42,22 @@ from ..cache import sha256_of
 from ..cluster import connect
 from ..errors import ArgumentError, VolumeError, listed
 from ..film import read_pixels, resized
-from ..volume import InputWarning, Preprocessing, dicom_files, is_dicom, prepare, read_volume
+from ..ledger import scan_hash
+from ..volume import InputWarning, Preprocessing, Volume, dicom_files, is_dicom, prepare, read_volume
 from ..weights import write_whole
-from .store import ENTRY, RANGES, VOXEL, Folder, Format, format_facts, read_format, read_names, shard_path
+from .store import (
+    ENTRY,
+    HASHES,
+    LEDGER,
+    RANGES,
+    VOXEL,
+    Folder,
+    Format,
+    format_facts,
+    read_format,
+    read_names,
+    shard_path,
+)
 
 MAX_SHARD_VOXELS = 2**29  # 1 GiB
 FEW_VALUES = 32  # scans have hundreds
@@ -380,17 +401,19 @@ def _read(path: Path, format: Format) -> tuple[np.ndarray, Record]:
     notes: tuple[str, ...] = ()
     if format.ndim == 2:
         source = read_pixels(path, format.unit)
+        hashed = scan_hash(Volume(source.T[:, :, None], np.eye(4)))
         lowest, highest = float(source.min()), float(source.max())
         low, high = (0.0, 255.0) if format.unit == "grey" else (lowest, highest)
         image = torch.from_numpy(source.astype(np.float32))[None].sub_(low).div_(max(high - low, 1))  # (1, H, W)
         image = resized(image, (format.size,) * 2 if format.size else None)
     else:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), ThreadPoolExecutor(1) as beside:
             warnings.simplefilter("ignore", InputWarning)
             volume = read_volume(path)
+            hashing = beside.submit(scan_hash, volume)  # a third of the work
             wanted = None if format.spacing_mm is None else (format.spacing_mm,) * 3
             prepared = prepare(volume, Preprocessing(wanted, unit=format.unit))
-        source = volume.data
+        source, hashed = volume.data, hashing.result()
         lowest, highest = float(source.min()), float(source.max())
         image, spacing, notes = prepared.image[0, 0], prepared.spacing_mm, prepared.warnings
     if image.min() == image.max():
@@ -399,7 +422,7 @@ def _read(path: Path, format: Format) -> tuple[np.ndarray, Record]:
     if (values := len(np.unique(thin))) < FEW_VALUES:
         notes += (f"only {values} different values: a label map? Choose the scans with a table",)
     facts = {"shape": list(image.shape), "spacing_mm": spacing, "lowest": lowest, "highest": highest, "notes": notes}
-    return _stored(image, format.unit), facts
+    return _stored(image, format.unit), facts | {"scan_hash": hashed}
 
 
 def _stored(image: Tensor, unit: str) -> np.ndarray:
@@ -476,10 +499,20 @@ def _write_index(store: Path, records: list[Record], chosen: Mapping[str, tuple[
     names = [chosen[record["path"]] for record in records]
     index["subject"] = _numbered(store / "subjects.txt", [subject for subject, _ in names])
     index["stratum"] = _numbered(store / "strata.txt", [stratum for _, stratum in names])
-    buffer = io.BytesIO()
-    np.save(buffer, index)
-    write_whole(store / "index.npy", buffer.getbuffer())
+    hashed = [record for record in records if "scan_hash" in record]  # those of an older version have none
+    ledger = np.zeros(len(hashed), HASHES)
+    ledger["sha256"] = [record["sha256"] for record in hashed]
+    hashes = bytes.fromhex("".join(record["scan_hash"] for record in hashed))
+    ledger["scan_hash"] = np.frombuffer(hashes, "u1").reshape(-1, 32)
+    _write_array(store / LEDGER, ledger)
+    _write_array(store / "index.npy", index)
     return index
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_whole(path, buffer.getbuffer())
 
 
 def _numbered(path: Path, names: list[str]) -> list[int]:

@@ -3,6 +3,7 @@
 STORE/
     store.json          what all volumes share; written once
     index.npy           an ENTRY a volume, in the order of the source paths
+    ledger.npy          the leakage ledger's hash of a scan, by that of its file; old stores lack it, wholly or in part
     subjects.txt        a name a line, as strata.txt: the index counts these lines, to which some are only ever added
     shards/00012.i16    volumes end to end, little-endian; written by one process, only appended to, about 1 GiB
     shards/00012.jsonl  its journal: what lies there whole, a source file a line
@@ -14,6 +15,7 @@ Behind a URL the same index stands for volumes cut into chunks: see bucket.py.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, VolumeError
+from ..registry import Ledger
 from ..volume import CT_WINDOW_HU
 from .bucket import COPY_AGAIN, VOXEL, Bucket, is_url
 
@@ -37,6 +40,8 @@ RANGES = {  # of the numbers stored: what becomes 0 and what 1
     "arbitrary": (0, 32767),  # a volume's own extremes, negative values lost
     "grey": (0, 255),
 }
+LEDGER = "ledger.npy"
+MOST_LISTED = 10_000  # scans that an entry lists: 0.7 MB of its text
 OPEN_SHARDS = 256  # mapped at a time: each holds a file descriptor, of which a process often has 1024
 ENTRY = np.dtype(
     [
@@ -51,6 +56,7 @@ ENTRY = np.dtype(
         ("sha256", "S16"),  # of the source file, its first 16 digits
     ]
 )
+HASHES = np.dtype([("sha256", "S16"), ("scan_hash", "u1", 32)])  # as in `ENTRY`; see ledger.scan_hash
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,23 @@ class Store:
     def fingerprint(self) -> str:
         """sha256 of the index: the same only while the store holds the same volumes."""
         return hashlib.sha256(self.entries.tobytes()).hexdigest()
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """The scans of all volumes; not complete where one has no hash, and empty for more than `MOST_LISTED`."""
+        try:
+            known = np.load(io.BytesIO(self._files.read(LEDGER)), allow_pickle=False)
+        except FileNotFoundError:
+            return Ledger(complete=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise self._damaged(f"{LEDGER}: {error}") from None
+        if known.dtype != HASHES or known.ndim != 1:
+            raise self._damaged(f"{LEDGER} is no list of hashes")
+        sources = np.unique(self.entries["sha256"])
+        if len(sources) > MOST_LISTED:
+            return Ledger(complete=False)
+        hashes = {row.tobytes().hex() for row in known["scan_hash"][np.isin(known["sha256"], sources)]}
+        return Ledger(bool(np.isin(sources, known["sha256"]).all()), tuple(sorted(hashes)))
 
     def shape(self, i: int) -> tuple[int, ...]:
         """Of volume `i`, (D, H, W) or (H, W)."""

@@ -16,7 +16,7 @@ import numpy as np
 from .. import __version__
 from ..errors import ArgumentError
 from .bucket import Bucket, is_url, volume_name
-from .store import Format, Store, format_facts, read_format
+from .store import LEDGER, Format, Store, format_facts, read_format
 
 BATCH = 256  # volumes handed out at a time, so that any number is cheap
 
@@ -82,8 +82,9 @@ def upload_store(
             for sent, _ in enumerate(pool.map(send, missing[first : first + BATCH]), first + 1):
                 if progress is not None:
                     progress(kept + sent, len(names))
-    for name in ("subjects.txt", "strata.txt", "index.npy"):  # the index last: it counts the lines of the others
-        bucket.write(name, (Path(source) / name).read_bytes())
+    for name in ("subjects.txt", "strata.txt", LEDGER, "index.npy"):  # the index last: it counts the others' lines
+        if name != LEDGER or (Path(source) / name).exists():
+            bucket.write(name, (Path(source) / name).read_bytes())
     return UploadReport(url, len(store), len(missing), kept, time.perf_counter() - began)
 
 
