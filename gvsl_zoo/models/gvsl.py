@@ -71,7 +71,7 @@ class GVSL(nn.Module):
                 initialise(child, generator)
         for output in (self.fc_rot, self.fc_scl, self.fc_trans, self.fc_shear, self.out_flow):
             nn.init.normal_(output.weight, std=IDENTITY_SD, generator=generator)
-            nn.init.zeros_(output.bias)
+            nn.init.zeros_(output.bias)  # type: ignore[arg-type]
 
     def affine_parameters(self, fixed: Tensor, moving: Tensor) -> Tensor:
         """Raw affine numbers, (B, 15) or (B, 7) in 2D, from the two bottlenecks (B, C, *shape / stride)."""
