@@ -7,7 +7,8 @@ lungs (labels by threshold, not by experts), on the model's grid.
 
 whole: as `register` does it with refine=0: the shift that lays the scans over each other is sought, then the matching
     heads answer in one pass. Unlike there, an answer that correlates worse than none counts too.
-crops: as in training: one pass on cubes of 192 mm about the middle of the body at the height of the lungs.
+crops: as in training: one pass on boxes of the model's window (where it states none, cubes of 192 mm) about the middle
+    of the body at the height of the lungs.
 
 before: the scans laid over each other, or the crops as they are; affine: by the affine head alone, or where there is
 none by the affine map nearest to the displacement; after: by the whole pass. affine_sd: SD over pairs of that map's
@@ -62,7 +63,7 @@ GROUPS = {
     "unseen": tuple(itertools.permutations(UNSEEN, 2)),
     "unseen and seen": tuple(pair for a, b in itertools.product(UNSEEN, SEEN) for pair in ((a, b), (b, a))),
 }
-CROP_MM = 192.0  # 48 voxels of 4 mm: what the embedded model was trained on
+CROP_MM = 192.0  # 48 voxels of 4 mm: the default of pre-training
 DAMAGES, SEED = 8, 7  # of each crop
 Row = dict[str, float]
 
@@ -234,7 +235,7 @@ def evidence(model: WholeModule, data: Path) -> dict[str, Any]:
     check_unseen(files, {entry.name: entry.ledger})
     recipe = preprocessing_of(model)
     chests = read_chests(data, recipe)
-    edges = [round(CROP_MM / mm) for mm in recipe.spacing_mm or (1.0, 1.0, 1.0)]
+    edges = entry.input.window or [round(CROP_MM / mm) for mm in recipe.spacing_mm or (1.0, 1.0, 1.0)]
     crops = {name: lung_crop(chest, edges) for name, chest in chests.items()}
     report: Any = model.load_report
     content: dict[str, Any] = {"sha256": report.sha256, "whole": {}, "crops": {}}

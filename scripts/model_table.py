@@ -58,6 +58,17 @@ def transfer_table(task: str) -> str:
     return "\n".join(rows)
 
 
+def together_table() -> str:
+    """Dice of a head alone over three pre-training seeds of one recipe, and the gain with half of its interval."""
+    columns = [("", "---", "scratch", "pre-trained, three runs", "gain")]
+    for task, name in (("ct_lungs", "lungs"), ("hippocampus", "hippocampus")):
+        result = json.loads((ROOT / f"benchmarks/results/transfer_{task}_seed-0_seed-1_seed-2.json").read_text())
+        for row in result["together"]:
+            gain = f"{row['difference']:+.1f} +- {row['half']:.1f}"
+            columns.append((f"{name}, {row['count']}", "---", f"{row['scratch']:.1f}", f"{row['zoo']:.1f}", gain))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in zip(*columns, strict=True))
+
+
 def ablation_table() -> str:
     """Dice of a head alone on the frozen features of each arm, bold where it is surely another than from scratch."""
     result = json.loads((ROOT / "benchmarks/results/ablation.json").read_text())
@@ -115,7 +126,10 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "load": load_table,
         "transfer_ct_lungs": partial(transfer_table, "ct_lungs"),
         "transfer_hippocampus": partial(transfer_table, "hippocampus"),
+        "contrast_ct_lungs": partial(transfer_table, "ct_lungs_gvsl-unet-ct-nano-contrast"),
+        "contrast_hippocampus": partial(transfer_table, "hippocampus_gvsl-unet-ct-nano-contrast"),
     },
+    "docs/recipe_search.md": {"together": together_table},
     "docs/architectures.md": {"architectures": architecture_table},
     "docs/objectives.md": {"ablation": ablation_table},
     "docs/correspond.md": {"correspond": correspond_table},

@@ -563,10 +563,11 @@ def test_verify_passes_a_model_and_a_path(files):
 
 
 def test_verify_all_looks_at_what_is_here(files):
-    assert len(done("verify", "--all").splitlines()) == 1
+    ours = [f"{name} ({model_info(name).sources[0].kind})" for name in list_models(available=True)]
+    assert len(done("verify", "--all").splitlines()) == len(ours)
     done("download", "theirs", "--from-file", "theirs.pth")
     whats = [check["what"] for check in json.loads(done("verify", "--all", "--json"))]
-    assert whats == [f"{DEFAULT_MODEL} (embedded)", "theirs (Google Drive)"]
+    assert whats == [*ours, "theirs (Google Drive)"]
 
 
 @pytest.mark.parametrize("name", ["theirs", "./nothing.safetensors", "page.safetensors", "gvsl-xmorpher-ct"])

@@ -318,9 +318,10 @@ def test_an_entry_is_frozen():
 
 
 def test_filters_combine():
-    assert list_models("gvsl-*", ndim=3, modality="ct") == ["gvsl-unet-ct", "gvsl-unet-ct-nano", "gvsl-xmorpher-ct"]
-    assert list_models("gvsl-*", ndim=3, available=True) == ["gvsl-unet-ct-nano"]
-    assert list_models(task="registration") == ["gemini-unet-brain", "gemini-unet-xray", "gvsl-unet-ct-nano"]
+    ours = ["gvsl-unet-ct-nano", "gvsl-unet-ct-nano-contrast", "gvsl-unet-ct-small"]
+    assert list_models("gvsl-*", ndim=3, modality="ct") == ["gvsl-unet-ct", *ours, "gvsl-xmorpher-ct"]
+    assert list_models("gvsl-*", ndim=3, available=True) == ours
+    assert list_models(task="registration") == ["gemini-unet-brain", "gemini-unet-xray", *ours]
     assert list_models("*-xray", task="pretraining") == ["gemini-unet-xray"]
     assert list_models("nothing-*") == []
     assert list_models() == sorted(list_models(available=True) + list_models(available=False))

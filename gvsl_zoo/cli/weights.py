@@ -33,10 +33,11 @@ def list_command(
     if as_json:
         click.echo(json.dumps([entry.to_dict() for entry in entries], indent=2))
         return
+    width = max((len(e.name) for e in entries), default=0)
     for e in entries:
         parameters = f"{e.parameters / 1e6:.1f}M"
         click.echo(
-            f"{e.name:<20} {e.status:<10} {e.ndim}D {e.modality:<6} {e.objective:<7} {parameters:>6}  {e.summary}"
+            f"{e.name:<{width}} {e.status:<10} {e.ndim}D {e.modality:<6} {e.objective:<7} {parameters:>6}  {e.summary}"
         )
 
 

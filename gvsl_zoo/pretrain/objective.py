@@ -20,7 +20,7 @@ from .data import Pair, seeded
 DAMAGED_SHARE = {"matching": 0.0, "gemini": 1.0}  # of pairs, by the objectives for which it is no setting
 CONTRAST_POINTS = 256  # voxels of each image whose match is sought among the others
 CONTRAST_TEMPERATURE = 0.1
-SHIFT = 0.12  # of the crop's extent, the most that a pose of its own is shifted
+SHIFT = 0.3  # of the crop's extent, the most that a pose of its own is shifted
 MATCHED_VOXELS = 1.0  # a point's match lies nearer than this, or it has none
 UNLIKELY, IGNORED = -1e4, -100  # logit and target of a point without a match: no shape depends on how many have one
 
