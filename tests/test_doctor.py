@@ -18,7 +18,7 @@ from hub_server import Hub
 from huggingface_hub import hf_hub_download
 
 from gvsl_zoo import __version__ as version
-from gvsl_zoo import cache, drive, load, model_info, push_to_hub, registry, save_pretrained, sources
+from gvsl_zoo import cache, drive, list_models, load, model_info, push_to_hub, registry, save_pretrained, sources
 from gvsl_zoo.doctor import Cached, Check, cached_models, diagnose, remove_cached, verify
 from gvsl_zoo.errors import ArgumentError, RegistryError, SourceError, WeightsError
 from gvsl_zoo.models.unet import UNet
@@ -475,7 +475,7 @@ def test_a_healthy_installation_passes_and_asks_only_the_two_origins(reachable, 
         "device",
         "registry",
         "cache",
-        f"{NANO} (embedded)",
+        *(f"{name} ({model_info(name).sources[0].kind})" for name in list_models(available=True)),
         "the Hub",
         "Google Drive",
     ]

@@ -762,7 +762,7 @@ def test_images_apart_have_a_pose_each_and_others_share_one(crop):
         drawn = [poses(pair, config, seeded(CPU, k), CPU) for k in range(200)]
         assert {len(pose) for pose in drawn} == {count}
     shifts = torch.stack([(second - first).flatten(1).mean(1) for first, second in drawn]) / torch.tensor(crop)
-    assert shifts.std(0).min() > 0.05 and shifts.mean(0).abs().max() < 0.03
+    assert shifts.std(0).min() > 0.15 and shifts.mean(0).abs().max() < 0.05
 
 
 def test_bent_images_are_a_function_of_those_that_they_were():

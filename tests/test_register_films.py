@@ -137,7 +137,8 @@ def test_a_fit_undoes_a_known_displacement_without_folding():
 def test_a_film_registered_to_itself_stays(pair, kind):
     found = register(pair[0], pair[0], with_recipe(build(*kind)), refine=12)
     assert np.linalg.norm(found.displacement_mm.field_mm, axis=-1).mean() < 0.05
-    assert found.report["ncc_after"] == pytest.approx(found.report["ncc_before"]) and found.report["folded"] == 0
+    assert found.report["ncc_after"] == pytest.approx(found.report["ncc_before"], abs=1e-4)
+    assert found.report["folded"] == 0
 
 
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
