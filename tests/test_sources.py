@@ -638,8 +638,9 @@ with cache.locked(path.parent):
 def test_what_killed_writers_leave_is_swept_by_the_next(tmp_path):
     path = cache.stored_path("0" * 64)
     moments = random.Random(0)
-    left = 0
-    for _ in range(3):
+    left = kills = 0
+    while kills < 3 or (left == 0 and kills < 40):  # a busy machine may let some end in time
+        kills += 1
         writer = subprocess.Popen([sys.executable, "-c", WRITE, str(path)], stdout=subprocess.PIPE)
         writer.stdout.readline()
         time.sleep(moments.uniform(0.05, 0.2))
