@@ -46,7 +46,7 @@ def _flat(variance: Tensor, total: Tensor, mean: Tensor, voxels: float) -> Tenso
     In float32 a window of one value has a variance of about 1e-5, of either sign: as much as the stabiliser.
     """
     rounding = ROUNDINGS * torch.finfo(variance.dtype).eps
-    return variance < (total.square() / voxels).add_(voxels * mean.square()).mul_(rounding)
+    return variance < torch.addcmul(rounding * voxels * mean.square(), total, total, value=rounding / voxels)
 
 
 class _LocalCorrelation(torch.autograd.Function):

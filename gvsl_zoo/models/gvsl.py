@@ -14,9 +14,7 @@ from .backbone import CONV, Backbone, Features, Linear, initialise, is_released
 from .unet import NEGATIVE_SLOPE, DoubleConv
 
 CHANNELS_PER_RESTORATION_GROUP = 4  # of the restoration head's GroupNorm; released code
-IDENTITY_SD = (
-    1e-5  # of the weights that give a transform: it starts at the identity (Balakrishnan et al. 2019, VoxelMorph)
-)
+IDENTITY_SD = 1e-5  # of weights that give a transform: it starts at the identity (VoxelMorph, Balakrishnan et al. 2019)
 
 
 class Matching(NamedTuple):
