@@ -23,7 +23,7 @@ from .pretrain.loop import pretrain
 from .pretrain.run import last_record
 from .pretrain.validate import validate
 from .proof import prove
-from .registry import Count, Evaluation, Sha256, Word, home_of, model_info, read_record, relative_path
+from .registry import Count, Evaluation, Name, Sha256, Word, home_of, model_info, read_record, relative_path
 from .volume import Preprocessing, prepare, read_volume
 from .weights import METADATA_KEY, WEIGHTS_NAME, write_weights
 from .zoo import load, preprocessing
@@ -72,6 +72,7 @@ class Recipe:
     spreads: where the spreads of these come from.
     data: empty for synthetic anatomy alone.
     film_size: pixels an axis that films are resized to; default as they are.
+    start: the model of a registry whose weights are the start; default weights drawn from the run's seed.
     """
 
     settings: PretrainConfig
@@ -81,6 +82,7 @@ class Recipe:
     spreads: str
     data: tuple[Scans, ...] = ()
     film_size: Count | None = None
+    start: Name | None = None
 
     def __post_init__(self) -> None:
         if not self.numbers:
@@ -102,7 +104,8 @@ class Recipe:
     def needs(self) -> dict[str, Any]:
         """What a repetition takes."""
         facts: dict[str, Any] = {"hardware": self.hardware, "hours": self.seconds / 3600}
-        return facts | {"steps": self.settings.steps, "scans": len(self.files) or "none: synthetic anatomy"}
+        facts |= {"steps": self.settings.steps, "scans": len(self.files) or "none: synthetic anatomy"}
+        return facts | ({"start": self.start} if self.start else {})
 
 
 def recipe_path(name: str) -> Path:
@@ -245,7 +248,7 @@ def reproduce(
         if v.measured is not None
     )
     training = replace(entry.training, hardware=None, seconds=None) if entry.training else None
-    ledger = ledger_of(check_files(recipe, data))
+    ledger = ledger_of(check_files(recipe, data), model_info(recipe.start).ledger if recipe.start else None)
     entry = replace(entry, status="available", instead=None, sources=(), training=training, ledger=ledger)
     proof = prove(model, preprocessing(entry), stored=torch.float16)
     entry = replace(entry, evaluation=rows, proof=proof)
@@ -276,7 +279,8 @@ def train(
     config = recipe.settings
     check_files(recipe, data)
     pairs = ScanPairs(training_scans(recipe, data), config.crop) if data and recipe.files else None
-    return pretrain(config, Path(out), pairs, device=device, workers=workers, progress=progress)
+    start: Any = load(recipe.start, task="pretraining") if recipe.start else None
+    return pretrain(config, Path(out), pairs, device=device, workers=workers, init=start, progress=progress)
 
 
 def _compared(name: str, recipe: Recipe, weights: str, measured: Mapping[str, float]) -> Reproduction:

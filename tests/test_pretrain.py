@@ -666,13 +666,13 @@ def test_fifty_kills_amid_saving_leave_a_whole_checkpoint(tmp_path):  # T1, T2
     entry = loop.describe(settings(), "run", GVSL(UNet(3, 8), affine_width=8))
     run.checkpoints.mkdir()
     started = time.monotonic()
-    run.save(State(1, 1, tensors | {"optimizer": {}}), entry)
+    run.save(State(1, 1, tensors | {"optimizer": {}}, entry))
     one, newest = time.monotonic() - started, 1
     for delay in torch.rand(50, generator=torch.Generator().manual_seed(0)).tolist():
         child = os.fork()
         if child == 0:
             for step in range(newest + 1, newest + 1000):
-                run.save(State(step, 1, tensors | {"optimizer": {}}), entry)
+                run.save(State(step, 1, tensors | {"optimizer": {}}, entry))
             os._exit(0)
         time.sleep(4 * one * delay)
         os.kill(child, signal.SIGKILL)

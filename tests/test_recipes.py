@@ -24,7 +24,7 @@ from gvsl_zoo.pretrain.anatomy import sample_film, sample_subject
 from gvsl_zoo.pretrain.config import PretrainConfig
 from gvsl_zoo.pretrain.data import Scan, ScanPairs
 from gvsl_zoo.pretrain.entry import describe
-from gvsl_zoo.pretrain.loop import build, ledger_from, pretrain
+from gvsl_zoo.pretrain.loop import build, ledger_of_pairs, pretrain, with_start
 from gvsl_zoo.recipes import Verdict, check, check_files, read_recipe, recipe_path, reproduce, train, training_scans
 from gvsl_zoo.registry import Ledger
 from gvsl_zoo.volume import Preprocessing, prepare, read_volume
@@ -115,7 +115,9 @@ def test_every_model_of_ours_has_a_recipe_that_agrees_with_its_entry(name):
     assert (made.architecture, made.config, made.parameters) == (entry.architecture, entry.config, entry.parameters)
     assert (made.objective, made.heads, made.modality) == (entry.objective, entry.heads, entry.modality)
     assert made.input.spacing_mm == entry.input.spacing_mm and made.input.intensity == entry.input.intensity
-    assert entry.ledger.complete and len(entry.ledger.scans) == len(recipe.files)
+    assert entry.ledger.complete and entry.base_model == recipe.start
+    before = model_info(recipe.start).ledger.scans if recipe.start else ()
+    assert len(set(entry.ledger.scans) - set(before)) <= len(recipe.files) <= len(entry.ledger.scans)
 
 
 def test_every_recipe_belongs_to_a_model_of_ours():
@@ -255,9 +257,26 @@ def test_a_run_carries_what_its_start_saw_and_tells_all_only_without_scans_of_it
     assert load(tmp_path / "alone").entry.ledger == Ledger(complete=True)
     start = load(NANO, task="pretraining")
     known = start.entry.ledger
-    assert ledger_from(None, start) == known and ledger_from(None, build(config, None)) == Ledger(complete=False)
+    entry = describe(config, "run", start)
+    assert with_start(entry, start).ledger == known
+    assert with_start(entry, build(config, None)).ledger == Ledger(complete=False)
     pairs = ScanPairs([Scan(torch.rand(1, 16, 16, 16), "chest")] * 2, config.crop)
-    assert ledger_from(pairs, start) == replace(known, complete=False)
+    assert ledger_of_pairs(pairs) == Ledger(complete=False) and ledger_of_pairs(None) == Ledger(complete=True)
+
+
+def test_a_run_that_goes_on_keeps_what_is_known_of_its_start(tmp_path):
+    config = PretrainConfig.from_dict(SETTINGS | {"steps": 2, "save_every": 1, "affine_width": 48})
+    start = load(NANO, task="pretraining")
+
+    def stop(_record):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config, tmp_path, device="cpu", init=start, progress=stop)
+    pretrain(config, tmp_path, device="cpu")
+    entry = load(tmp_path).entry
+    assert entry.training.steps == 2 and entry.base_model == NANO and entry.ledger == start.entry.ledger
+    assert f"made from {NANO} (Apache-2.0)" in entry.licence.weights and "LIDC" in entry.licence.data
 
 
 # --- Again ----------------------------------------------------------------------------------------------------------
@@ -315,6 +334,18 @@ def test_a_3d_model_of_another_kind_is_made_again(changes, registered, scans, tm
     name = registered(settings=SETTINGS | changes, data=rows(scans, "ct/*"))
     result = reproduce(name, tmp_path / "run", scans, device="cpu")
     assert result.reached and load(tmp_path / "run", task="pretraining").entry.ledger.complete
+
+
+def test_a_model_made_from_another_starts_with_its_weights_and_has_seen_its_scans(registered, scans, tmp_path):
+    settings = SETTINGS | {"affine_width": 48, "learning_rate": 0.0, "steps": 1}
+    name = registered(settings=settings, start=NANO, data=rows(scans, "ct/*"))
+    assert read_recipe(name).needs["start"] == NANO
+    result = reproduce(name, tmp_path / "run", scans, device="cpu")
+    assert result.reached
+    made, start = (load(origin, task="pretraining") for origin in (tmp_path / "run", NANO))
+    assert all(map(torch.equal, made.state_dict().values(), start.state_dict().values()))
+    own = {file_hash(path) for path in (scans / "ct").iterdir()}
+    assert set(made.entry.ledger.scans) == own | set(start.entry.ledger.scans) and made.entry.ledger.complete
 
 
 def test_a_try_of_few_steps_has_no_verdict(registered, tmp_path):

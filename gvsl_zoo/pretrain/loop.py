@@ -64,13 +64,15 @@ def pretrain(
     """
     accelerator = make_accelerator(device)
     learner = make_learner(build(config, init), config, accelerator)
-    entry = replace(describe(config, out.name, learner.model), ledger=ledger_from(real, init))
     pairs_a_step = config.batch_size * config.accumulate * accelerator.num_processes
     main, run = accelerator.is_main_process, Run(out, config)
 
     with stop_signals() as stop, run.locked() if main else nullcontext():
         accelerator.wait_for_everyone()
-        first = learner.restore(run.latest(), pairs_a_step)
+        state = run.latest()
+        first = learner.restore(state, pairs_a_step)
+        entry = state.entry if state else with_start(describe(config, out.name, learner.model), init)
+        entry = replace(entry, ledger=joined(entry.ledger, ledger_of_pairs(real)))
         tasks = [
             accelerator.prepare(torch.compile(task) if config.compile else task) for task in learner.task.children()
         ]
@@ -161,11 +163,19 @@ def build(config: PretrainConfig, init: WholeModule | None) -> WholeModule:
     return model
 
 
-def ledger_from(real: PairSource | None, init: WholeModule | None) -> Ledger:
-    """What a run is known to have seen: what its start had seen, and all scans of its store; others are not known."""
-    before: Any = getattr(getattr(init, "entry", None), "ledger", Ledger(complete=init is None))
-    own = real.store.ledger if isinstance(real, StorePairs) else Ledger(complete=real is None)
-    return joined(before, own)
+def with_start(entry: ModelEntry, init: WholeModule | None) -> ModelEntry:
+    """The entry of a run that has seen nothing yet but what its start had seen."""
+    base: Any = getattr(init, "entry", None)
+    if base is None:
+        return replace(entry, ledger=Ledger(complete=init is None))
+    weights = f"not stated; made from {base.name} ({base.licence.weights})"
+    licence = replace(entry.licence, weights=weights, data=f"not stated; {base.name}: {base.licence.data}")
+    return replace(entry, ledger=base.ledger, base_model=base.name, licence=licence)
+
+
+def ledger_of_pairs(real: PairSource | None) -> Ledger:
+    """All scans of a store; of others it is not known which they are."""
+    return real.store.ledger if isinstance(real, StorePairs) else Ledger(complete=real is None)
 
 
 def make_learner(model: WholeModule, config: PretrainConfig, accelerator: Any) -> Learner[WholeModule]:
@@ -215,7 +225,7 @@ class Journal:
             for name, value in record.items():
                 self.board.add_scalar(name, value, step)
         if taken.saving:
-            self.run.save(State(step, self.pairs_a_step, self.learner.snapshot()), self.entry)
+            self.run.save(State(step, self.pairs_a_step, self.learner.snapshot(), self.entry))
         if taken.saving and not hurried():
             draw_run(model, self.config, self.run.folder)
         if self.progress:

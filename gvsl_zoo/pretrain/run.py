@@ -38,11 +38,12 @@ Tensors = Mapping[str, Tensor]  # by name
 
 
 class State(NamedTuple):
-    """What a checkpoint holds, tensors by file and name: model, optimizer, perhaps ema and best."""
+    """What a checkpoint holds, tensors by file and name: model, optimizer, perhaps ema and best; the model's entry."""
 
     step: int
     pairs_a_step: int
     tensors: dict[str, Tensors]
+    entry: ModelEntry
 
 
 class Run:
@@ -95,7 +96,7 @@ class Run:
                 warnings.warn(f"the checkpoint {folder} is passed over: {cause}", stacklevel=2)
         return None
 
-    def save(self, state: State, entry: ModelEntry) -> None:
+    def save(self, state: State) -> None:
         """Write a checkpoint under a temporary name and rename it; then let go of the oldest ones.
 
         The model that `load` opens is the best, else the averaged one, where there are such.
@@ -105,7 +106,7 @@ class Run:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            metadata = {"format": "pt", METADATA_KEY: json.dumps(entry.to_dict())}
+            metadata = {"format": "pt", METADATA_KEY: json.dumps(state.entry.to_dict())}
             for part, tensors in state.tensors.items():
                 write_weights(tensors, partial / f"{part}.safetensors", {} if part == "optimizer" else metadata)
             hashes = {path.name: sha256_of(path) for path in partial.iterdir()}
@@ -165,13 +166,16 @@ def _read_checkpoint(folder: Path) -> State:
     if facts["version"] > STATE_VERSION:
         raise TrainingError(f"{folder} was written by gvsl-zoo {facts['made_by']}", "upgrade gvsl-zoo to go on from it")
     tensors: dict[str, Tensors] = {}
+    metadata: dict[str, Mapping[str, str]] = {}
     for name, sha256 in facts["files"].items():
         path = folder / name
         if sha256_of(path) != sha256:
             raise WeightsError(f"{path} is no longer what was written", "")
         file = open_weights(path)
         tensors[path.stem] = {slot: file.tensor(slot) for slot in file.slots}
-    return State(int(facts["step"]), int(facts["pairs_a_step"]), tensors)
+        metadata[path.stem] = file.metadata
+    entry = ModelEntry.from_dict(json.loads(metadata["model"][METADATA_KEY]), folder)
+    return State(int(facts["step"]), int(facts["pairs_a_step"]), tensors, entry)
 
 
 def _sync(folder: Path) -> None:

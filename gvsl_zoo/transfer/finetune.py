@@ -327,7 +327,8 @@ class Journal:
             parts = self.learner.snapshot()
             if self.validation.best is not None:
                 parts["best"] = self.validation.best
-            self.run.save(State(step, config.batch_size * self.learner.accelerator.num_processes, parts), self.entry)
+            patches = config.batch_size * self.learner.accelerator.num_processes
+            self.run.save(State(step, patches, parts, self.entry))
         if self.progress:
             self.progress(record)
 
