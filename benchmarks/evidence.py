@@ -1,4 +1,4 @@
-"""Registration and restoration of chests that a model has never seen:
+"""Registration and restoration of chests and films that a model has never seen:
 python -m benchmarks.evidence DATA [--model A,B,...] [--simpleitk]
 
 A model is a name of the registry or the folder of a run, such as ./run. Pairs are ordered: three scans that no training
@@ -16,6 +16,9 @@ numbers, their mean; 0 where the affine head says the same of every pair. Restor
 three unseen scans. Intervals (95 %) are over other scans, not over other pairs of these: between unseen scans
 Student's over the jackknife's pseudo-values, scan by scan (Arvesen 1969); otherwise those of
 `transfer.statistics.compare` with unseen and seen scans as factors; of the restoration Student's over scans.
+
+films: of a model of films, the 24 that recipes leave out (see benchmarks/transfer.py), each onto each in one pass at
+    the model's size; nothing in them is labelled, so the local correlation stands for the Dice.
 
 --simpleitk registers the whole unseen scans with SimpleITK too (benchmarks/register.py), on the same grid.
 """
@@ -40,9 +43,9 @@ from torch import Tensor
 from benchmarks.register import LUNGS as LUNG_VALUES
 from benchmarks.register import Pair, measure, moments, simpleitk
 from benchmarks.timing import RESULTS, machine
-from benchmarks.transfer import LUNGS, MODEL
+from benchmarks.transfer import LUNGS, MODEL, probed_films
 from gvsl_zoo import load, read_volume
-from gvsl_zoo.inference.features import mask_on_grid, preprocessing_of
+from gvsl_zoo.inference.features import mask_on_grid, prepare_for, preprocessing_of
 from gvsl_zoo.inference.register import correlation, lay_over, match, moved, read_at
 from gvsl_zoo.inference.sliding import device_of
 from gvsl_zoo.ledger import check_unseen
@@ -197,13 +200,41 @@ def restoration(crops: Sequence[Tensor], model: WholeModule) -> dict[str, Any]:
     return {name: list(mean_interval(values)[:3]) for name, values in rows.items()}
 
 
+# --- Films ----------------------------------------------------------------------------------------------------------
+
+
+def film_row(fixed: Tensor, moving: Tensor, model: WholeModule) -> tuple[Row, Tensor]:
+    """What one pass makes of two films (1, 1, H, W), and its affine part (n, n + 1)."""
+    everywhere = torch.ones_like(fixed)
+    affine, displacement = match(model, fixed, moving, everywhere, "float32")
+    alone = affine_coordinates(affine, fixed.shape[2:]) - identity_grid(fixed.shape[2:], affine)
+    ways = {"before": moving, "affine": moved(moving, alone), "after": moved(moving, displacement)}
+    row = {f"ncc_{way}": correlation(image, fixed, everywhere) for way, image in ways.items()}
+    return row | {"folded": 100 * (jacobian_determinant(displacement) <= 0).float().mean().item()}, affine[0]
+
+
+def film_evidence(model: WholeModule, data: Path) -> dict[str, Any]:
+    """All that is measured of a model of films."""
+    entry: Any = model.entry
+    files = [data / film for own in probed_films(data).values() for film in own]
+    check_unseen({path.name: (path,) for path in files}, {entry.name: entry.ledger})
+    films = {path.name: prepare_for(path, model).image[:, :, 0] for path in files}
+    pairs = itertools.permutations(films, 2)
+    report: Any = model.load_report
+    return {
+        "sha256": report.sha256,
+        "films": summary({(a, b): film_row(films[a], films[b], model) for a, b in pairs}, "ncc"),
+        "restoration": restoration(list(films.values()), model),
+    }
+
+
 # --- Means ----------------------------------------------------------------------------------------------------------
 
 
-def summary(answers: Mapping[tuple[str, str], tuple[Row, Tensor]]) -> dict[str, Any]:
-    """Mean and interval, [mean, low, high], of every column and of the gains in Dice; affine_sd; the rows."""
+def summary(answers: Mapping[tuple[str, str], tuple[Row, Tensor]], metric: str = "dice") -> dict[str, Any]:
+    """Mean and interval, [mean, low, high], of every column and of the gains in the metric; affine_sd; the rows."""
     table = {
-        pair: row | {f"gain_{way}": row[f"dice_{way}"] - row["dice_before"] for way in ("affine", "after")}
+        pair: row | {f"gain_{way}": row[f"{metric}_{way}"] - row[f"{metric}_before"] for way in ("affine", "after")}
         for pair, (row, _) in answers.items()
     }
     columns = next(iter(table.values()))
@@ -229,7 +260,7 @@ def over_scans(values: Mapping[tuple[str, str], float]) -> list[float]:
 
 
 def evidence(model: WholeModule, data: Path) -> dict[str, Any]:
-    """All that is measured of a model."""
+    """All that is measured of a model of volumes."""
     entry: Any = model.entry
     files = {name: (data / f"ct/{name}.nii.gz",) for name in UNSEEN}
     check_unseen(files, {entry.name: entry.ledger})
@@ -262,12 +293,14 @@ def by_simpleitk(data: Path, recipe: Preprocessing) -> dict[str, Any]:
 def lines(name: str, content: Mapping[str, Any]) -> list[str]:
     """A table of what was measured of a model."""
     out = [name, f"{'':<24}pairs  before  affine   after  gain, 95 % interval     better  folded, %  affine_sd"]
-    for kind, group in itertools.product(("whole", "crops"), GROUPS):
-        row = content[kind][group]
-        dice = "  ".join(f"{row[f'dice_{way}'][0]:>6.1f}" for way in ("before", "affine", "after"))
-        gain = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*row["gain_after"])
+    rows = [("films, local NCC", content["films"], "ncc", 3)] if "films" in content else []
+    for kind, group in itertools.product(("whole", "crops"), GROUPS) if "whole" in content else ():
+        rows.append((f"{kind}, {group}", content[kind][group], "dice", 1))
+    for what, row, metric, digits in rows:
+        values = "  ".join(f"{row[f'{metric}_{way}'][0]:>6.{digits}f}" for way in ("before", "affine", "after"))
+        gain = "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*row["gain_after"], d=digits)
         rest = f"{row['better']:>6}  {row['folded'][0]:>9.2f}  {row['affine_sd']:>9.4f}"
-        out.append(f"  {f'{kind}, {group}':<22}{row['pairs']:>5}  {dice}  {gain:<22}{rest}")
+        out.append(f"  {what:<22}{row['pairs']:>5}  {values}  {gain:<22}{rest}")
     damaged, restored, gain = content["restoration"].values()
     out.append(f"  PSNR {damaged[0]:.1f} -> {restored[0]:.1f} dB, gain {'{:+.1f} [{:+.1f}, {:+.1f}]'.format(*gain)}")
     return out
@@ -284,7 +317,7 @@ def main() -> None:
     measured: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"models": {}}
     for name in options.model.split(","):
         model: Any = load(name, task="registration", device=options.device)
-        measured["models"][name] = evidence(model, options.data)
+        measured["models"][name] = (evidence if model.entry.ndim == 3 else film_evidence)(model, options.data)
         print("\n".join(lines(name, measured["models"][name])), flush=True)
     if options.simpleitk:
         measured["others"] = by_simpleitk(options.data, preprocessing_of(load(MODEL)))

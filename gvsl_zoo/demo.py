@@ -1,4 +1,4 @@
-"""The demonstration: features, restoration and matching of one model, on a scan or on synthetic anatomy."""
+"""The demonstration: features, restoration and matching of one model, on a scan, a film or synthetic anatomy."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, VolumeError
-from .inference.features import body, dense_features, prepare_for, preprocessing_of, principal_components
+from .film import FilmPreprocessing, write_film
+from .inference.features import body, dense_features, prepare_for, principal_components, recipe_of
 from .losses import local_ncc_loss
 from .models.gemini import GEMINI, WholeModule
-from .pretrain.anatomy import LABELS, Subject, sample_subject
+from .pretrain.anatomy import FILM_LABELS, LABELS, Film, Subject, sample_film, sample_subject
 from .pretrain.augment import damage
 from .report import Row, draw, matching_row, middle, restoration_row, scan_rows
 from .spatial import jacobian_determinant, warp
@@ -26,7 +27,9 @@ from .volume import Prepared, Volume, write_volume
 SHAPE = (96, 96, 96)  # voxels of the synthetic scan: the whole thorax
 SPACING_MM = 4.0  # when the model does not say
 MATCH_SHAPE = (48, 48, 48)
-CROP = 64  # voxels an axis that are damaged and restored
+FILM_SHAPE = (256, 256)  # pixels of the synthetic film, when the model does not say
+FILM_MM = 384.0  # what it spans along its longer axis
+CROP = {3: 64, 2: 512}  # voxels or pixels an axis that are damaged and restored
 DAMAGES, PAIRS = 8, 4  # restorations and matches averaged; the median restoration and the first pair are shown
 LEFT_OUT = ("background", "soft_tissue", "fat")  # of the mean Dice: no organs
 SMALLEST_ORGAN = 50  # voxels in each of the two images; below, Dice is noise
@@ -34,7 +37,7 @@ SEED = 2023
 
 
 class DemoResult(NamedTuple):
-    """What the demonstration found, and where its files are.
+    """What the demonstration found, and where its files are; of films voxels are pixels.
 
     psnr: means over the damages, dB, for intensities in [0, 1]. ncc: local squared correlation, in [0, 1], mean over
     voxels and pairs. organs: Dice before and after, mean over pairs; dice: mean over organs. folded: share of voxels.
@@ -63,9 +66,9 @@ def run_demo(
     Args:
         model: loaded with task="pretraining", with `preprocessing`.
         out_dir: made if missing; receives demo.png, features.nii.gz (on the model's grid) and, without a scan, the
-            synthetic one as input.nii.gz. Files of an earlier demonstration are replaced.
-        scan: for features and restoration; default a synthetic thorax. Matching always takes pairs of synthetic
-            subjects, whose organs are known.
+            synthetic one as input.nii.gz, a film as input.png. Files of an earlier demonstration are replaced.
+        scan: for features and restoration, of a model of films a film; default a synthetic thorax. Matching always
+            takes pairs of synthetic subjects, whose organs are known.
         progress: called with a line of text before each step.
 
     Errors: ArgumentError for a model without the heads; VolumeError for a folder that cannot be written.
@@ -80,14 +83,14 @@ def run_demo(
     except OSError as error:
         raise VolumeError(f"cannot make the folder {str(out_dir)!r}: {error.strerror}", "choose another") from error
     drawing, damaging, matching = (torch.Generator().manual_seed(SEED + step) for step in range(3))
-    spacing_mm = preprocessing_of(model).spacing_mm or (SPACING_MM, SPACING_MM, SPACING_MM)
+    film = isinstance(recipe_of(model), FilmPreprocessing)
 
     input_path = None
     if scan is None:
-        say("drawing a synthetic CT")
-        scan = as_volume(sample_subject(SHAPE, drawing, spacing_mm))
-        input_path = out_dir / "input.nii.gz"
-        write_volume(scan, input_path, overwrite=True)
+        say(f"drawing a synthetic {'film' if film else 'CT'}")
+        scan, _ = subject(model, SHAPE, drawing)
+        input_path = out_dir / ("input.png" if film else "input.nii.gz")
+        write_film(scan, input_path, like=scan.data.dtype, overwrite=True)
     say("computing dense features")
     prepared = prepare_for(scan, model)
     local = dense_features(prepared, model)
@@ -101,7 +104,7 @@ def run_demo(
     shown = sorted(range(DAMAGES), key=lambda index: ratios[index][1])[DAMAGES // 2]
 
     say("matching synthetic subjects")
-    images, numbers = match(model, spacing_mm, matching)
+    images, numbers, spacing_mm = match(model, matching)
 
     say("drawing the picture")
     restored = (
@@ -109,12 +112,12 @@ def run_demo(
         f"(mean of {DAMAGES} random damages: {damaged_db:.1f} → {restored_db:.1f} dB)"
     )
     rows = [
-        _features_row(prepared, components),
+        *(scan_rows(prepared, components) if film else [_features_row(prepared, components)]),
         restoration_row(crops[shown], prepared.spacing_mm, restored),
         matching_row(images, spacing_mm, _matching_note(numbers)),
     ]
     entry = getattr(model, "entry", None)
-    name = scan.path.name if scan.path else "synthetic CT" if input_path else "a scan"
+    name = scan.path.name if scan.path else f"synthetic {'film' if film else 'CT'}" if input_path else "a scan"
     draw(rows, f"{entry.name if entry else 'GVSL'} on {name}", out_dir / "demo.png")
     return DemoResult(
         picture=out_dir / "demo.png",
@@ -139,12 +142,35 @@ def _matching_note(numbers: dict[str, Any]) -> str:
         f"synthetic subjects, means of {PAIRS} pairs: "
         f"organ Dice {numbers['dice_before']:.2f} → {numbers['dice_after']:.2f}, "
         f"local NCC {numbers['ncc_before']:.2f} → {numbers['ncc_after']:.2f}, "
-        f"{100 * numbers['folded']:.2g} % of voxels folded"
+        f"{100 * numbers['folded']:.2g} % folded"
     )
 
 
-def as_volume(subject: Subject) -> Volume:
-    """A synthetic subject as a scan, (i, j, k) = (x, y, z) int16 HU, the middle of the view at the world's origin."""
+def subject(
+    model: WholeModule, shape: tuple[int, int, int], generator: torch.Generator
+) -> tuple[Volume, dict[str, Tensor]]:
+    """A synthetic subject as the model sees it, and its organs, (D, H, W) or of a film (1, H, W), bool.
+
+    shape: of a scan; a film has the size that the model expects.
+    """
+    recipe = recipe_of(model)
+    if isinstance(recipe, FilmPreprocessing):
+        size = recipe.size or FILM_SHAPE
+        mm = FILM_MM / max(size)
+        film = sample_film(size, generator, (mm, mm))
+        return as_volume(film), dict(zip(FILM_LABELS, film.masks[:, None], strict=True))
+    drawn = sample_subject(shape, generator, recipe.spacing_mm or (SPACING_MM, SPACING_MM, SPACING_MM))
+    organs = {name: drawn.labels == number for name, number in LABELS.items() if name not in LEFT_OUT}
+    return as_volume(drawn), organs
+
+
+def as_volume(subject: Subject | Film) -> Volume:
+    """A synthetic subject as a scan, (i, j, k) = (x, y, z) int16 HU, the middle of the view at the world's origin; a
+    film as a volume of one slice, (i, j) = (column, row) uint8.
+    """
+    if isinstance(subject, Film):
+        pixels = (255 * subject.image).round().byte().numpy()
+        return Volume(pixels.T[:, :, None], np.diag([*reversed(subject.spacing_mm), 1.0, 1.0]))
     data = subject.hu.permute(2, 1, 0).round().to(torch.int16).numpy()
     affine = np.diag([*reversed(subject.spacing_mm), 1.0])
     affine[:3, 3] = -0.5 * (np.array(data.shape) - 1) * affine.diagonal()[:3]
@@ -154,35 +180,41 @@ def as_volume(subject: Subject) -> Volume:
 @torch.inference_mode()
 def restore(model: WholeModule, prepared: Prepared, generator: torch.Generator) -> list[dict[str, Tensor]]:
     """The middle of the scan, damaged anew each time and restored: "original", "damaged", "restored", (D, H, W)."""
-    original = prepared.image
+    original, most = prepared.image, CROP[model.unet.ndim]
     for axis, centre in enumerate(middle(original[0, 0]), 2):
-        size = min(CROP, original.shape[axis])
+        size = min(most, original.shape[axis])
         original = original.narrow(axis, min(max(0, centre - size // 2), original.shape[axis] - size), size)
+    original = flat(original, model)
     crops = []
     for _ in range(DAMAGES):
         damaged = damage(original, generator)
         given = on_device(damaged, model)
         restored = model.restore(given if isinstance(model, GEMINI) else model.unet(given)).float().cpu()
-        crops.append({"original": original[0, 0], "damaged": damaged[0, 0], "restored": restored[0, 0]})
+        images = {"original": original, "damaged": damaged, "restored": restored}
+        crops.append({name: deep(image)[0, 0] for name, image in images.items()})
     return crops
 
 
 @torch.inference_mode()
 def match(
-    model: WholeModule, spacing_mm: tuple[float, float, float], generator: torch.Generator
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Match pairs of synthetic subjects: the pictures of the first for `matching_row`, the means of `DemoResult`."""
+    model: WholeModule, generator: torch.Generator
+) -> tuple[dict[str, Tensor], dict[str, Any], tuple[float, float, float]]:
+    """Match pairs of synthetic subjects: the pictures of the first for `matching_row`, the means of `DemoResult`, and
+    the spacing.
+    """
     pictures: dict[str, Tensor] = {}
     organs: dict[str, list[tuple[float, float]]] = {}
     numbers: dict[str, list[float]] = {}
     for _ in range(PAIRS):
-        subjects = [sample_subject(MATCH_SHAPE, generator, spacing_mm) for _ in range(2)]
-        fixed, moving = (prepare_for(as_volume(s), model).image for s in subjects)
+        subjects = [subject(model, MATCH_SHAPE, generator) for _ in range(2)]
+        spacing_mm = prepare_for(subjects[0][0], model).spacing_mm
+        fixed, moving = (flat(prepare_for(scan, model).image, model) for scan, _ in subjects)
         answer = model(on_device(fixed, model), on_device(moving, model))
         displacement = answer.displacement_ba if isinstance(model, GEMINI) else answer.displacement
         displacement = displacement.float().cpu()
         warped = warp(moving, displacement)
-        length_mm = (displacement * displacement.new_tensor(spacing_mm).view(1, 3, 1, 1, 1)).norm(dim=1)
+        millimetres = displacement.new_tensor(spacing_mm[-displacement.shape[1] :])
+        length_mm = (displacement.movedim(1, -1) * millimetres).norm(dim=-1)
         found = {
             "ncc_before": 1 - local_ncc_loss(moving, fixed).item(),
             "ncc_after": 1 - local_ncc_loss(warped, fixed).item(),
@@ -191,24 +223,34 @@ def match(
         }
         for name, value in found.items():
             numbers.setdefault(name, []).append(value)
-        truth, before = (s.labels for s in subjects)
-        after = warp(before[None, None].float(), displacement, mode="nearest")[0, 0]
-        for name, index in LABELS.items():
-            seen = min(int((truth == index).sum()), int((before == index).sum()))
-            if name not in LEFT_OUT and seen >= SMALLEST_ORGAN:
-                pair = dice(truth == index, before == index), dice(truth == index, after == index)
+        (_, truth), (_, before) = subjects
+        for name in truth:
+            if min(int(truth[name].sum()), int(before[name].sum())) >= SMALLEST_ORGAN:
+                mask = before[name].float().view_as(fixed)
+                after = warp(mask, displacement, mode="nearest").view_as(truth[name]) > 0
+                pair = dice(truth[name], before[name]), dice(truth[name], after)
                 organs.setdefault(name, []).append(pair)
         images = {"fixed": fixed, "moving": moving, "warped": warped, "displacement": displacement}
-        pictures = pictures or {name: image[0].squeeze(0) for name, image in images.items()}
+        pictures = pictures or {name: deep(image)[0].squeeze(0) for name, image in images.items()}
     table = {name: (mean(p[0] for p in pairs), mean(p[1] for p in pairs)) for name, pairs in organs.items()}
     means: dict[str, Any] = {name: mean(values) for name, values in numbers.items()}
     means["dice_before"], means["dice_after"] = (mean(pair[when] for pair in table.values()) for when in (0, 1))
-    return pictures, means | {"organs": table}
+    return pictures, means | {"organs": table}, spacing_mm
+
+
+def flat(image: Tensor, model: WholeModule) -> Tensor:
+    """An image (B, C, D, H, W) as the model takes it: of a film (B, C, H, W)."""
+    return image if model.unet.ndim == 3 else image[:, :, 0]
+
+
+def deep(image: Tensor) -> Tensor:
+    """A film (B, C, H, W) as one slice, (B, C, 1, H, W); a volume as it is."""
+    return image if image.ndim == 5 else image.unsqueeze(2)
 
 
 def on_device(image: Tensor, model: WholeModule) -> Tensor:
     """The image in every input channel of the model, on its device."""
-    return image.to(next(model.parameters()).device).expand(-1, model.unet.in_chans, -1, -1, -1)
+    return image.to(next(model.parameters()).device).expand(-1, model.unet.in_chans, *image.shape[2:])
 
 
 def psnr(image: Tensor, truth: Tensor) -> float:

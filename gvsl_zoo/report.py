@@ -185,17 +185,21 @@ def _colour(label: Label, number: int) -> Colour:
 
 
 def restoration_row(images: Mapping[str, Tensor], spacing_mm: Sequence[float], note: str) -> Row:
-    """Middle axial slices and errors of the images "original", "damaged", "restored", each (D, H, W) in [0, 1]."""
+    """Middle axial slices and errors of the images "original", "damaged", "restored", each (D, H, W) in [0, 1].
+
+    Of films, (1, H, W), the films themselves.
+    """
     index = images["original"].shape[0] // 2
+    plane = "axial" if index else FILM
     panels = [
-        _panel(images[name], "axial", index, spacing_mm, name, scale=name == "original")
+        _panel(images[name], plane, index, spacing_mm, name, scale=name == "original")
         for name in ("original", "damaged", "restored")
     ]
     for name in ("damaged", "restored"):
         error = (images[name] - images["original"]).abs()
         bar = "" if name == "damaged" else "share of the range"
         caption = f"|{name} − original|"
-        panels.append(_panel(error, "axial", index, spacing_mm, caption, (0, 0.5), colours="inferno", bar=bar))
+        panels.append(_panel(error, plane, index, spacing_mm, caption, (0, 0.5), colours="inferno", bar=bar))
     return Row("Restoration", note, panels)
 
 

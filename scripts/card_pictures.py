@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from gvsl_zoo.demo import SHAPE, SPACING_MM, as_volume
+from gvsl_zoo.demo import FILM_MM, FILM_SHAPE, SHAPE, SPACING_MM, as_volume
 from gvsl_zoo.inference.features import body, dense_features, prepare_for, principal_components
 from gvsl_zoo.pretrain.anatomy import LABELS, sample_film, sample_subject
 from gvsl_zoo.pretrain.config import PretrainConfig
@@ -32,8 +32,7 @@ from gvsl_zoo.weights import write_whole
 from gvsl_zoo.zoo import load, widest_task
 
 WIDTH, MOST_BYTES = 1280, 200_000  # of a picture: pixels, and bytes of its file
-CROP = {3: (48, 48, 48), 2: (256, 256)}  # of two subjects to match, where the model does not say
-FILM_MM = 384.0  # what a synthetic film spans along its longer axis
+CROP = {3: (48, 48, 48), 2: FILM_SHAPE}  # of two subjects to match, where the model does not say
 SUBJECTS, VOXELS = 4, {3: 25, 2: 90}  # of t-SNE: subjects, and voxels or pixels of a label in each
 ORGANS = (
     *("lung_left", "lung_right", "airway", "myocardium", "left_ventricle", "right_ventricle", "aorta"),
@@ -81,17 +80,13 @@ def subject_of(entry: ModelEntry, generator: torch.Generator) -> tuple[Volume, d
         z, y, x = entry.input.spacing_mm or (SPACING_MM,) * 3
         subject = sample_subject(SHAPE, generator, (z, y, x))
         return as_volume(subject), {organ: subject.labels == LABELS[organ] for organ in ORGANS}
-    H, W = entry.input.size or CROP[2]
+    H, W = entry.input.size or FILM_SHAPE
     mm = FILM_MM / max(H, W)
     film = sample_film((H, W), generator, (mm, mm))
     left, right, heart, spine = film.masks[:, None]
     other = heart | spine  # before and behind them are lungs too, so that the heart is nowhere alone
     shown = {"lung left": left & ~right & ~other, "lung right": right & ~left & ~other}
-    pixels = (255 * film.image).round().byte().numpy()
-    return Volume(pixels.T[:, :, None], np.diag([mm, mm, 1, 1])), shown | {
-        "heart": heart & ~spine,
-        "spine": spine & ~heart,
-    }
+    return as_volume(film), shown | {"heart": heart & ~spine, "spine": spine & ~heart}
 
 
 def voxels_picture(name: str, entry: ModelEntry, generator: torch.Generator, path: str) -> None:

@@ -28,7 +28,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "SHAPE": (24, 24, 24),
         "MATCH_SHAPE": (24, 24, 24),
-        "CROP": 16,
+        "FILM_SHAPE": (32, 32),
+        "CROP": {3: 16, 2: 16},
         "DAMAGES": 2,
         "PAIRS": 1,
     }.items():
@@ -87,6 +88,45 @@ def test_a_scan_of_ones_own_is_used_and_stays_as_it_was(model: GVSL, tmp_path: P
     assert (tmp_path / "scan.nii.gz").read_bytes() == before
     assert read_volume(result.features, channels=True).shape == (9, 3, 11)  # x, y, z at 16 mm
     assert numbers(run_demo(model, tmp_path / "other"))["organs"] == result.organs  # pairs do not depend on the scan
+
+
+@pytest.fixture
+def film_model() -> GVSL:
+    generator = torch.Generator().manual_seed(0)
+    model = GVSL(UNet(2, 8, generator=generator), affine_width=8, generator=generator).eval()
+    model.preprocessing = FilmPreprocessing()  # type: ignore[assignment]
+    return model
+
+
+def test_the_demo_of_a_model_of_films_draws_one_and_says_the_same_twice(film_model: GVSL, tmp_path: Path) -> None:
+    result = run_demo(film_model, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.png", "features.nii.gz", "input.png"]
+    assert width_and_height(result.picture)[0] == 1920 and width_and_height(result.input) == (32, 32)  # type: ignore[arg-type]
+    assert read_volume(result.features, channels=True).data.shape == (32, 32, 1, 8)
+    assert set(result.organs) <= {"lung_left", "lung_right", "heart", "spine"} and len(result.organs) > 1
+    assert numbers(run_demo(film_model, tmp_path)) == numbers(result)
+
+
+def test_a_film_of_ones_own_is_shown_at_the_models_size(film_model: GVSL, tmp_path: Path) -> None:
+    film_model.preprocessing = FilmPreprocessing((16, 24))  # type: ignore[assignment]
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 30, 1), dtype=np.uint8)
+    result = run_demo(film_model, tmp_path / "out", Volume(pixels, np.eye(4)))
+    assert result.input is None
+    assert read_volume(result.features, channels=True).data.shape == (24, 16, 1, 8)
+
+
+def test_a_volume_is_no_film(film_model: GVSL, tmp_path: Path) -> None:
+    with pytest.raises(VolumeError, match="slice"):
+        run_demo(film_model, tmp_path, ball())
+
+
+def test_the_organs_of_a_drawn_subject_lie_where_the_model_sees_them(model: GVSL, film_model: GVSL) -> None:
+    for whole, shape in ((model, (24, 24, 24)), (film_model, (1, 32, 32))):
+        scan, organs = demo.subject(whole, (24, 24, 24), torch.Generator().manual_seed(1))
+        image = prepare_for(scan, whole).image[0, 0]
+        lungs = organs["lung_left"] | organs["lung_right"]
+        assert image.shape == lungs.shape == shape
+        assert image[lungs].mean() < image[organs["spine"] & ~lungs].mean()
 
 
 def test_only_a_whole_module_can_be_shown(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from gvsl_zoo import load, model_info
 from gvsl_zoo.demo import as_volume
 from gvsl_zoo.errors import ArgumentError
 from gvsl_zoo.ledger import ledger_of
+from gvsl_zoo.models.gvsl import GVSL
 from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.pretrain.anatomy import LABELS, sample_film, sample_subject
 from gvsl_zoo.transfer.bench import Bench
@@ -299,6 +300,44 @@ def test_what_a_model_restores_is_compared_with_the_same_damage(chests, model, m
     found = restoration(crops, model)
     assert found["gain"][0] == pytest.approx(found["psnr_restored"][0] - found["psnr_damaged"][0])
     assert found == restoration(crops, model)
+
+
+@pytest.fixture(scope="module")
+def matching_films(tmp_path_factory):
+    """A folder with an untrained whole module of films of 32 x 32."""
+    path = tmp_path_factory.mktemp("model") / "whole"
+    row = model_info("gvsl-unet-xray")
+    heads, config = ("affine", "deformable", "restoration"), {"ndim": 2, "width": 8, "affine_width": 8}
+    entry = replace(row, status="available", heads=heads, config=config, input=replace(row.input, size=(32, 32)))
+    generator = torch.Generator().manual_seed(0)
+    model = GVSL(UNet(2, 8, generator=generator), affine_width=8, generator=generator)
+    save_pretrained(model, path, entry=entry)
+    return path
+
+
+def test_films_are_matched_each_onto_each_and_restored(films, matching_films, monkeypatch):
+    monkeypatch.setattr(evidence, "DAMAGES", 1)
+    found = evidence.film_evidence(load(matching_films, task="registration"), films)
+    pairs, gain = found["films"], found["films"]["gain_after"][0]
+    assert pairs["pairs"] == 24 * 23 and 0 < pairs["ncc_before"][0] < 1
+    assert gain == pytest.approx(pairs["ncc_after"][0] - pairs["ncc_before"][0])
+    table = evidence.lines("mine", found)
+    assert table[2].startswith("  films, local NCC") and "PSNR" in table[3]
+
+
+def test_a_film_on_itself_is_in_place(films, matching_films):
+    model = load(matching_films, task="registration")
+    film = evidence.prepare_for(films / probed_films(films)["pneumonia"][0], model).image[:, :, 0]
+    row, affine = evidence.film_row(film, film, model)
+    assert row["ncc_before"] > 0.9 and row["folded"] == 0 and affine.shape == (2, 3)
+
+
+def test_a_model_that_knows_a_film_is_not_measured_on_it(films, matching_films, tmp_path):
+    model = load(matching_films, task="registration")
+    seen = ledger_of([films / probed_films(films)["no_findings"][3]])
+    save_pretrained(model, tmp_path / "knowing", entry=replace(model.entry, ledger=seen))
+    with pytest.raises(ArgumentError, match="has seen 1 of 24"):
+        evidence.film_evidence(load(tmp_path / "knowing", task="registration"), films)
 
 
 def test_scans_not_pairs_decide_how_wide_an_interval_is():

@@ -193,7 +193,11 @@ def segment_command(
 
 @main.command("demo")
 @click.option(
-    "-i", "--input", "scan", type=click.Path(path_type=Path), help="A CT, .nii or .nii.gz; default synthetic."
+    "-i",
+    "--input",
+    "scan",
+    type=click.Path(path_type=Path),
+    help="A scan, or a film for a model of films; default synthetic.",
 )
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder."
@@ -203,11 +207,13 @@ def segment_command(
 def demo_command(scan: Path | None, output: Path, name: str, device: str, as_json: bool) -> None:
     """Show what a model does: features, restoration and matching, in one picture."""
     from ..demo import run_demo
-    from ..volume import read_volume
+    from ..film import read_for
+    from ..inference.features import recipe_of
     from ..zoo import load
 
     model = load(name, task="pretraining", device=device)
     say = None if as_json else lambda line: click.echo(line, err=True)
-    result = run_demo(model, output, read_volume(scan) if scan else None, say)  # type: ignore[arg-type]
+    given = read_for(scan, recipe_of(model)) if scan else None
+    result = run_demo(model, output, given, say)  # type: ignore[arg-type]
     facts = {k: str(v) if isinstance(v, Path) else v for k, v in result._asdict().items()}
     show(facts, as_json)
