@@ -20,12 +20,10 @@ from click.testing import CliRunner
 from drive_server import DriveServer, confirm_page, file
 from hub_server import Hub
 
-from gvsl_zoo import convention, drive, load, read_volume, registry, save_pretrained, write_volume
+from gvsl_zoo import convention, drive, load, read_volume, registry, write_volume
 from gvsl_zoo.cli import main
 from gvsl_zoo.demo import as_volume
 from gvsl_zoo.film import read_film
-from gvsl_zoo.models.gemini import GEMINI
-from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.pretrain.anatomy import LABELS, sample_film, sample_subject
 from gvsl_zoo.pretrain.config import PRESETS, Objective, PretrainConfig
 
@@ -206,16 +204,12 @@ def test_the_presets_of_the_page_are_those_of_the_package():
 
 
 def put_films():
-    """Two films with labels, and a model of films, in the folder of the page."""
+    """Two films with labels in the folder of the page."""
     fromarray = pytest.importorskip("PIL.Image", reason="needs gvsl-zoo[io]").fromarray
     for seed, name in enumerate("ab"):
         drawn = sample_film((96, 96), torch.Generator().manual_seed(seed), (4.0, 4.0))
         fromarray((255 * drawn.image).byte().numpy()).save(f"{name}.png")
         fromarray(drawn.masks[0].byte().numpy()).save(f"{name}_labels.png")
-    entry = replace(registry.model_info("gemini-unet-xray"), config={"ndim": 2, "width": 8}, sources=())
-    entry = replace(entry, status="available", heads=("deformer", "restoration"), input=replace(entry.input, size=None))
-    generator = torch.Generator().manual_seed(0)
-    save_pretrained(GEMINI(UNet(2, 8, generator=generator), generator=generator), "film-model", entry=entry)
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from gvsl_zoo import write_volume
 from gvsl_zoo.cli import main
 from gvsl_zoo.demo import as_volume
-from gvsl_zoo.pretrain.anatomy import sample_subject
+from gvsl_zoo.film import write_film
+from gvsl_zoo.pretrain.anatomy import sample_film, sample_subject
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -31,6 +32,9 @@ def with_scans(tmp_path, monkeypatch):
     for seed, name in enumerate(("scan", "other")):
         subject = sample_subject((40, 40, 48), torch.Generator().manual_seed(seed), spacing_mm=(6.0, 6.0, 6.0))
         write_volume(as_volume(subject), tmp_path / f"{name}.nii.gz")
+    for seed, name in enumerate(("film", "other")):
+        film = as_volume(sample_film((64, 64), torch.Generator().manual_seed(seed), (6.0, 6.0)))
+        write_film(film, tmp_path / f"{name}.png", like=film.data.dtype)
 
 
 def test_the_tables_are_those_of_the_registry_and_of_the_measurements(monkeypatch):

@@ -321,7 +321,8 @@ def test_filters_combine():
     ours = ["gvsl-unet-ct-nano", "gvsl-unet-ct-nano-contrast", "gvsl-unet-ct-small"]
     assert list_models("gvsl-*", ndim=3, modality="ct") == ["gvsl-unet-ct", *ours, "gvsl-xmorpher-ct"]
     assert list_models("gvsl-*", ndim=3, available=True) == ours
-    assert list_models(task="registration") == ["gemini-unet-brain", "gemini-unet-xray", *ours]
+    gemini = ["gemini-unet-brain", "gemini-unet-ct-nano", "gemini-unet-xray"]
+    assert list_models(task="registration") == [*gemini, *ours, "gvsl-unet-xray-nano"]
     assert list_models("*-xray", task="pretraining") == ["gemini-unet-xray"]
     assert list_models("nothing-*") == []
     assert list_models() == sorted(list_models(available=True) + list_models(available=False))
