@@ -146,6 +146,8 @@ def resolve_device(device: torch.device | str) -> torch.device:
         wanted = torch.device(device)
     except RuntimeError:
         raise ArgumentError(f"unknown device {device!r}", "use auto, cpu, cuda, cuda:N or mps") from None
+    if wanted == torch.device("cpu", 0):  # accelerate's name for it in several processes
+        wanted = torch.device("cpu")
     if not any(wanted.type == a.type and wanted.index in (None, a.index) for a in available):
         raise ArgumentError(f"this machine has no device {device}", f"it has {', '.join(map(str, available))}")
     return wanted

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from gvsl_zoo.ledger import LeakageWarning, file_hash, ledger_of
 from gvsl_zoo.models.heads import ClassificationModel, SegmentationModel
 from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.pretrain.anatomy import LABELS, sample_film, sample_subject
-from gvsl_zoo.pretrain.learner import make_accelerator
+from gvsl_zoo.pretrain.learner import make_accelerator, schedule
 from gvsl_zoo.pretrain.run import Run
 from gvsl_zoo.transfer import data, finetune
 from gvsl_zoo.transfer.cases import read_cases, split_cases
@@ -493,7 +495,9 @@ def test_several_channels_are_learnt_together(scans, tmp_path):
 # --- Going on --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changed", [{"ema": 0.9}, {"mode": "linear"}, {"from_scratch": True}], ids=str)
+@pytest.mark.parametrize(
+    "changed", [{"ema": 0.9}, {"mode": "linear"}, {"from_scratch": True}, {"head_steps": 3}], ids=str
+)
 def test_an_interrupted_run_ends_bit_identical_to_an_uninterrupted_one(scans, tmp_path, monkeypatch, changed):
     whole = train(lungs(scans), tmp_path / "whole", 5, **changed)
     with monkeypatch.context() as patch:
@@ -568,6 +572,36 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(scans, tmp_p
     assert all(t.isfinite().all() for t in Run(tmp_path, settings()).latest().tensors["model"].values())
 
 
+# --- Processes -------------------------------------------------------------------------------------------------
+
+WORKER = """\
+import json, sys, torch
+from gvsl_zoo.transfer.cases import read_cases
+from gvsl_zoo.transfer.config import FinetuneConfig
+from gvsl_zoo.transfer.finetune import finetune
+torch.set_num_threads(1)
+cases, out, values = sys.argv[1:]
+config = FinetuneConfig.from_dict(json.loads(values))
+model = finetune(read_cases(cases, task=config.task), config, out, device="cpu")
+assert model.num_classes == 2
+"""
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.mark.slow
+def test_two_processes_learn_as_one_with_the_doubled_batch(classes, tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    given = TINY | {"task": "classification", "steps": 4, "head_steps": 2, "validation": 0.0}
+    for name, batch, processes in (("one", 2, []), ("two", 1, TWO)):
+        call = [sys.executable, *processes, str(tmp_path / "worker.py"), str(classes), str(tmp_path / name)]
+        call.append(json.dumps(given | {"batch_size": batch}))
+        done = subprocess.run(call, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3), ours["step"]
+        assert ours["gradient"] == pytest.approx(theirs["gradient"], rel=2e-2), ours["step"]
+
+
 # --- What is trained -------------------------------------------------------------------------------------------
 
 
@@ -596,8 +630,32 @@ def test_layers_learn_slower_towards_the_input_but_not_from_scratch():
     for changed in ({}, {"from_scratch": True}, {"mode": "linear"}):
         config = settings(**changed)
         rates.append(make_learner(build(config, 3, 1), config, make_accelerator("cpu")).peaks)
-    assert rates[0] == sorted(rates[0]) and rates[0][-1] == 1e-2 and rates[0][0] == pytest.approx(1e-2 * 0.8**9)
+    assert rates[0] == sorted(rates[0]) and rates[0][-1] == 5e-3 and rates[0][0] == pytest.approx(5e-3 * 0.8**9)
     assert set(rates[1]) == {1e-2} and rates[2] == [0.1]
+
+
+@pytest.mark.parametrize("task", ["segmentation", "classification"])
+def test_the_head_learns_alone_first_and_then_the_network_with_it(scans, classes, tmp_path, task):
+    cases = lungs(scans) if task == "segmentation" else read_cases(classes, task=task)
+    given, start = {"task": task, "validation": 0.0}, load(NANO).state_dict()
+    alone = train(cases, tmp_path / "alone", 3, head_steps=3, **given)
+    assert same(alone.backbone.state_dict(), start)
+    fresh = build(settings(task=task), alone.num_classes, 1).head.state_dict()
+    assert not same(alone.head.state_dict(), fresh)
+    both = train(cases, tmp_path / "both", 4, head_steps=3, **given)
+    assert not same(both.backbone.state_dict(), start)
+    first, whole = records(tmp_path / "alone"), records(tmp_path / "both")
+    assert untimed(first)[:1] == untimed(whole)[:1]
+    assert first[-1]["gradient"] < whole[-1]["gradient"]
+
+
+def test_each_part_of_a_run_warms_up_and_cools_down():
+    config = settings(8, head_steps=3)
+    rates = [finetune.rate(step, config) for step in range(8)]
+    assert rates[:3] == [finetune.HEAD_RATE * schedule(step, 3, 2) for step in range(3)]
+    assert rates[3:] == [schedule(step, 5, 2) for step in range(5)]
+    heads = [settings(8, **changed).steps_of_head for changed in ({}, {"from_scratch": True}, {"mode": "linear"})]
+    assert heads == [2, 0, 0]
 
 
 @pytest.mark.parametrize("mode", ["full", "linear"])
@@ -645,6 +703,8 @@ def test_a_fine_tuned_model_can_be_fine_tuned_again(scans, tmp_path):
         ({"steps": 0}, "a count below 1"),
         ({"crop": (16, 0, 16)}, r"crop \(16, 0, 16\)"),
         ({"spacing_mm": -1.0}, "spacing_mm -1.0"),
+        ({"head_steps": 5}, "head_steps 5"),
+        ({"head_steps": -1}, "head_steps -1"),
         ({"layer_decay": 0.0}, "layer_decay 0.0"),
         ({"ema": 1.0}, "ema 1.0"),
     ],

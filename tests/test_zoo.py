@@ -212,7 +212,7 @@ def test_bf16_is_close_to_float32():
 
 
 def test_the_cpu_is_found_whatever_it_is_called():
-    for device in ("cpu", torch.device("cpu"), *(["auto"] if not torch.cuda.is_available() else [])):
+    for device in ("cpu", "cpu:0", torch.device("cpu"), *(["auto"] if not torch.cuda.is_available() else [])):
         assert {p.device.type for p in load(NANO, device=device).parameters()} <= {"cpu", "mps"}
 
 

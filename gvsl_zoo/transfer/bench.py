@@ -437,10 +437,18 @@ def common_settings(
         "test": [case.name for case in test],
         "labels": {label.name: label.value for label in pool.labels},
         "training": {name: value for name, value in asdict(config).items() if name not in own},
-        "learning rates": {mode: replace(config, mode=mode).peak_rate for mode in modes},  # type: ignore[arg-type]
+        "learning rates": learning_rates(config, modes),
         "models": {model: report.sha256 for model, report in reports.items()},
     }
     return json.loads(json.dumps(settings))
+
+
+def learning_rates(config: FinetuneConfig, modes: Sequence[str]) -> dict[str, float]:
+    """The peak of every mode, which of the whole network is another from scratch."""
+    arms = {mode: replace(config, mode=mode, from_scratch=False) for mode in modes}  # type: ignore[arg-type]
+    if "full" in arms:
+        arms[f"full, {SCRATCH}"] = replace(config, mode="full", from_scratch=True)
+    return {name: arm.peak_rate for name, arm in arms.items()}
 
 
 def check_settings(settings: dict[str, Any], out: Path) -> None:

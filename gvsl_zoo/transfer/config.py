@@ -12,7 +12,8 @@ Task = Literal["segmentation", "classification"]
 Mode = Literal["full", "linear"]
 Unit = Literal["HU", "arbitrary", "grey"]
 CROP = {3: 64, 2: 256}  # voxels an axis, by the number of axes
-LEARNING_RATE = {"full": 1e-2, "linear": 0.1}
+LEARNING_RATE = {"full": 5e-3, "linear": 0.1}
+SCRATCH_RATE = 1e-2  # of the whole network
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class FinetuneConfig(RunConfig):
     subjects: how many to train on; default all that are not held out.
     validation: share of the subjects held out, on which the best weights are chosen; 0: the last ones are kept.
     save_every: steps between checkpoints, each with a validation.
-    learning_rate: peak, of the head; linear warm-up, cosine to zero. Default 1e-2, linear 0.1.
+    learning_rate: peak, of the head; linear warm-up, cosine to zero. Default 5e-3, from scratch 1e-2, linear 0.1.
+    head_steps: steps first in which the head learns alone, ten times as fast: one that knows nothing would spoil the
+        pre-trained weights (Kumar et al. 2022); default a quarter, none from scratch.
     layer_decay: by which pre-trained levels learn slower, level by level towards the input; from scratch all alike.
     ema: decay of the averaged weights, which are then validated and kept; 0 for none.
     augment: strength of poses (see pretrain/augment.py) and of changes in brightness, contrast and noise; 0 for none.
@@ -48,6 +51,7 @@ class FinetuneConfig(RunConfig):
     subjects: int | None = None
     validation: float = 0.2
     learning_rate: float | None = None
+    head_steps: int | None = None
     layer_decay: float = 0.8
     warmup_steps: int = 20
     weight_decay: float = 0.01
@@ -70,6 +74,7 @@ class FinetuneConfig(RunConfig):
             (min(spacing) <= 0, f"spacing_mm {self.spacing_mm}"),
             (not 0 <= self.validation < 1, f"validation {self.validation}"),
             (not 0 <= self.ema < 1, f"ema {self.ema}"),
+            (not 0 <= self.steps_of_head <= self.steps, f"head_steps {self.head_steps}"),
             (not 0 < self.layer_decay <= 1, f"layer_decay {self.layer_decay}"),
             (self.augment < 0, f"augment {self.augment}"),
         ):
@@ -85,8 +90,17 @@ class FinetuneConfig(RunConfig):
         return crop
 
     @property
+    def steps_of_head(self) -> int:
+        """Steps in which the head learns alone before the network does."""
+        if self.head_steps is not None:
+            return self.head_steps
+        return 0 if self.from_scratch or self.mode == "linear" else self.steps // 4
+
+    @property
     def peak_rate(self) -> float:
-        return self.learning_rate or LEARNING_RATE[self.mode]
+        """Of the head, while all learn that do."""
+        default = SCRATCH_RATE if self.from_scratch and self.mode == "full" else LEARNING_RATE[self.mode]
+        return self.learning_rate or default
 
 
 def settings_of(steps: int, named: dict[str, Any], others: tuple[str, ...] = ()) -> FinetuneConfig:

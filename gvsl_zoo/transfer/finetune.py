@@ -42,6 +42,7 @@ from .entry import MEASURED, describe, finish
 from .validate import SCORE, validate
 
 CASES = "cases.json"
+HEAD_RATE = 10  # of the peak, while the head learns alone
 
 
 def finetune(
@@ -113,7 +114,7 @@ def finetune(
             best = state.tensors.get("best") if state else None
             validation = Validation(val, labels, config, crop, best, out)
             journal = Journal(run, learner, entry, validation, board, progress, stop)
-            take = partial(forward_backward, task, batches, config, crop, accelerator)
+            take = partial(forward_backward, learner, task, batches, config, crop)
             for taken in learner.steps(take, first, config, stop):
                 if main:
                     journal.note(taken)
@@ -140,18 +141,33 @@ def draw(
 
 
 def forward_backward(
-    task: nn.Module,
+    learner: Learner[HeadedModel],
+    parallel: nn.Module,
     batches: Iterator[tuple[list[int], list[Patch]]],
     config: FinetuneConfig,
     crop: Sequence[int],
-    accelerator: Any,
     step: int,
 ) -> Iterator[dict[str, Tensor]]:
-    """Leave the gradients of a step; yield the terms of its loss, on the device."""
+    """Leave the gradients of a step; yield the terms of its loss, on the device.
+
+    Args:
+        parallel: the learner's task as all processes share it, which wants the gradients of all that learns; while the
+            head learns alone, the task itself is called.
+    """
+    accelerator = learner.accelerator
+    *body, head = learner.optimizer.param_groups
+    alone = step < config.steps_of_head
+    for group in body:
+        for parameter in group["params"]:
+            parameter.requires_grad_(not alone)
     numbers, patches = next(batches)
     torch.manual_seed(seeded("cpu", config.seed, 14, step, accelerator.process_index).initial_seed())  # of drop-path
+    task = learner.task if alone else parallel
     terms: dict[str, Tensor] = task(*make_batch(patches, numbers, config, crop, accelerator.device))
     accelerator.backward(sum(terms.values()))
+    if alone:
+        for parameter in head["params"]:
+            parameter.grad = accelerator.reduce(parameter.grad, "mean")
     yield terms
 
 
@@ -210,10 +226,18 @@ def make_learner(model: HeadedModel, config: FinetuneConfig, accelerator: Any) -
         task,
         torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True),
         accelerator,
-        rate=partial(schedule, steps=config.steps, warmup_steps=config.warmup_steps),
+        rate=partial(rate, config=config),
         clip_norm=config.clip_norm,
         ema=config.ema,
     )
+
+
+def rate(step: int, config: FinetuneConfig) -> float:
+    """The share of its peak that a learning rate has: a warm-up and a cosine of the head alone, then of all."""
+    first, warmup = config.steps_of_head, config.warmup_steps
+    if step < first:
+        return HEAD_RATE * schedule(step, first, warmup)
+    return schedule(step - first, config.steps - first, warmup)
 
 
 @torch.no_grad()
