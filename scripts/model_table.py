@@ -126,8 +126,6 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "load": load_table,
         "transfer_ct_lungs": partial(transfer_table, "ct_lungs"),
         "transfer_hippocampus": partial(transfer_table, "hippocampus"),
-        "match_ct_lungs": partial(transfer_table, "ct_lungs_gvsl-unet-ct-nano-match"),
-        "match_hippocampus": partial(transfer_table, "hippocampus_gvsl-unet-ct-nano-match"),
     },
     "docs/recipe_search.md": {
         "contrast_ct_lungs": partial(transfer_table, "ct_lungs_gvsl-unet-ct-nano-contrast"),

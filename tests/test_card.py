@@ -41,7 +41,7 @@ def test_a_card_tells_how_to_check_its_proof(repo, name):
 def test_a_model_with_a_recipe_tells_the_command_that_repeats_it():
     assert f"`gvsl-zoo reproduce {NANO} --data DATA --out RUN`" in model_card(CT)
     other = replace(CT, training=replace(CT.training, recipe="by hand"))
-    assert "gvsl-zoo reproduce" not in model_card(other)
+    assert f"gvsl-zoo reproduce {NANO} --data" not in model_card(other)
 
 
 @pytest.mark.parametrize(

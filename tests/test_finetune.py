@@ -644,9 +644,7 @@ def test_the_head_learns_alone_first_and_then_the_network_with_it(scans, classes
     assert not same(alone.head.state_dict(), fresh)
     both = train(cases, tmp_path / "both", 4, head_steps=3, **given)
     assert not same(both.backbone.state_dict(), start)
-    first, whole = records(tmp_path / "alone"), records(tmp_path / "both")
-    assert untimed(first)[:1] == untimed(whole)[:1]
-    assert first[-1]["gradient"] < whole[-1]["gradient"]
+    assert untimed(records(tmp_path / "alone")) == untimed(records(tmp_path / "both"))[:3]
 
 
 def test_each_part_of_a_run_warms_up_and_cools_down():

@@ -140,7 +140,7 @@ def test_another_algorithm_for_the_same_convolutions_stays_within_the_tolerance(
 
 def test_bfloat16_is_off_by_more_than_float32_may_be_and_within_its_own_tolerance(proved):
     model, proof = proved
-    assert TOLERANCE < max(check(model, proof, bf16=True).values()) < proof.tolerance_bf16 < 0.3
+    assert TOLERANCE < max(check(model, proof, bf16=True).values()) < proof.tolerance_bf16 < 0.5
 
 
 EDITED = [
@@ -173,7 +173,7 @@ def test_an_edit_of_one_weight_by_one_sd_fails(name, proved):
     "wrong",
     [
         {"window": (0.0, 2048.0)},  # not shifted by 1024
-        {"window": (-1000.0, 1000.0)},
+        {"window": (-500.0, 500.0)},
         {"scale": (-1.0, 1.0)},
         {"spacing_mm": (4.0, 4.0, 5.0)},
     ],

@@ -319,7 +319,7 @@ def test_an_entry_is_frozen():
 
 def test_filters_combine():
     nano = "gvsl-unet-ct-nano"
-    ours = [nano, f"{nano}-contrast", f"{nano}-match", "gvsl-unet-ct-small"]
+    ours = [nano, f"{nano}-contrast", "gvsl-unet-ct-small"]
     assert list_models("gvsl-*", ndim=3, modality="ct") == ["gvsl-unet-ct", *ours, "gvsl-xmorpher-ct"]
     assert list_models("gvsl-*", ndim=3, available=True) == ours
     gemini = ["gemini-unet-brain", "gemini-unet-ct-nano", "gemini-unet-xray"]

@@ -90,7 +90,8 @@ def register(
         moving, fixed: scans of one channel, or paths; for a 2D model films.
         model: loaded with task="registration"; or any model with `preprocessing` that gives dense features, which then
             drive the fit alone.
-        fixed_mask, moving_mask: on the grids of their scans; only where they are above 0 the images count.
+        fixed_mask, moving_mask: on the grids of their scans; only where they are above 0 the images and
+            their features count; the features there still see what lies around.
         refine: steps of the fit; 0 takes the heads' answer as it is. Default 0 with heads, 90 without.
         precision: of the model, "float32" or "bf16".
         progress: called with (steps done, steps in all).
