@@ -652,8 +652,9 @@ def test_each_part_of_a_run_warms_up_and_cools_down():
     rates = [finetune.rate(step, config) for step in range(8)]
     assert rates[:3] == [finetune.HEAD_RATE * schedule(step, 3, 2) for step in range(3)]
     assert rates[3:] == [schedule(step, 5, 2) for step in range(5)]
-    heads = [settings(8, **changed).steps_of_head for changed in ({}, {"from_scratch": True}, {"mode": "linear"})]
-    assert heads == [2, 0, 0]
+    for given, heads in (({}, [2, 0, 0]), ({"head_steps": 5}, [5, 0, 0]), ({"head_steps": 0}, [0, 0, 0])):
+        arms = ({}, {"from_scratch": True}, {"mode": "linear"})
+        assert [settings(8, **given, **changed).steps_of_head for changed in arms] == heads
 
 
 @pytest.mark.parametrize("mode", ["full", "linear"])
@@ -701,7 +702,7 @@ def test_a_fine_tuned_model_can_be_fine_tuned_again(scans, tmp_path):
         ({"steps": 0}, "a count below 1"),
         ({"crop": (16, 0, 16)}, r"crop \(16, 0, 16\)"),
         ({"spacing_mm": -1.0}, "spacing_mm -1.0"),
-        ({"head_steps": 5}, "head_steps 5"),
+        ({"head_steps": 5}, "head_steps 5 of 4"),
         ({"head_steps": -1}, "head_steps -1"),
         ({"layer_decay": 0.0}, "layer_decay 0.0"),
         ({"ema": 1.0}, "ema 1.0"),

@@ -34,7 +34,7 @@ class FinetuneConfig(RunConfig):
     save_every: steps between checkpoints, each with a validation.
     learning_rate: peak, of the head; linear warm-up, cosine to zero. Default 5e-3, from scratch 1e-2, linear 0.1.
     head_steps: steps first in which the head learns alone, ten times as fast: one that knows nothing would spoil the
-        pre-trained weights (Kumar et al. 2022); default a quarter, none from scratch.
+        pre-trained weights (Kumar et al. 2022); default a quarter; never from scratch.
     layer_decay: by which pre-trained levels learn slower, level by level towards the input; from scratch all alike.
     ema: decay of the averaged weights, which are then validated and kept; 0 for none.
     augment: strength of poses (see pretrain/augment.py) and of changes in brightness, contrast and noise; 0 for none.
@@ -74,7 +74,7 @@ class FinetuneConfig(RunConfig):
             (min(spacing) <= 0, f"spacing_mm {self.spacing_mm}"),
             (not 0 <= self.validation < 1, f"validation {self.validation}"),
             (not 0 <= self.ema < 1, f"ema {self.ema}"),
-            (not 0 <= self.steps_of_head <= self.steps, f"head_steps {self.head_steps}"),
+            (not 0 <= (self.head_steps or 0) <= self.steps, f"head_steps {self.head_steps} of {self.steps}"),
             (not 0 < self.layer_decay <= 1, f"layer_decay {self.layer_decay}"),
             (self.augment < 0, f"augment {self.augment}"),
         ):
@@ -92,9 +92,9 @@ class FinetuneConfig(RunConfig):
     @property
     def steps_of_head(self) -> int:
         """Steps in which the head learns alone before the network does."""
-        if self.head_steps is not None:
-            return self.head_steps
-        return 0 if self.from_scratch or self.mode == "linear" else self.steps // 4
+        if self.from_scratch or self.mode == "linear":
+            return 0
+        return self.steps // 4 if self.head_steps is None else self.head_steps
 
     @property
     def peak_rate(self) -> float:
