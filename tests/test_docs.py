@@ -159,7 +159,7 @@ def test_every_block_of_the_page_on_finetuning_runs_in_order(tmp_path, monkeypat
             write_volume(volume, path)
     Path("mine/dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, "labels": organs}))
     names, blocks = run_blocks("finetune.md", monkeypatch)
-    assert blocks == 5 and [label.name for label in names["net"].entry.labels] == list(organs)
+    assert blocks == 6 and [label.name for label in names["net"].entry.labels] == list(organs)
     summary = json.loads(Path("scores/summary.json").read_text())
     assert summary["cases"] == 1 and set(summary["labels"]) == {"liver", "spine"}
     assert json.loads(Path("verdict/results.json").read_text())["verdicts"]
