@@ -187,6 +187,12 @@ def test_another_preprocessing_fails_in_either_precision(wrong, bf16, proved, mo
     assert max(found.values()) > (proof.tolerance_bf16 if bf16 else proof.tolerance)
 
 
+def test_float32_sees_a_window_that_is_a_little_off(proved, monkeypatch):
+    model, proof = proved
+    monkeypatch.setattr(model, "preprocessing", replace(model.preprocessing, window=(-1000.0, 1000.0)))
+    assert max(check(model, proof).values()) > 100 * proof.tolerance
+
+
 @pytest.mark.parametrize("axis", [2, 3, 4])
 @pytest.mark.parametrize("how", ["flipped", "exchanged"])
 def test_turned_axes_fail(how, axis, proved, monkeypatch):

@@ -24,7 +24,7 @@ from .refine import LINEAR
 from .segment import Scan
 from .sliding import Progress, Windows, evaluate, ready_copy
 
-# Chosen with the embedded model on four pairs of synthetic subjects that no test and no number of the docs uses.
+# Chosen with a nano CT model on four pairs of synthetic subjects that no test and no number of the docs uses.
 STRIDE = 16  # voxels: windows begin at multiples of it, so that every level of a backbone falls on its own grid
 MARGIN = 2  # strides of the border repeated around a scan: zeros there would tell the network where it is, not what
 WINDOW, OVERLAP = {2: 36, 3: 10}, 0.4  # strides, and the least share of a window; a film of 512 pixels is one

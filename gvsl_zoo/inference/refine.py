@@ -25,7 +25,7 @@ class Level(NamedTuple):
     part: int
 
 
-# Chosen with the embedded model on pairs of synthetic subjects and of patients that no number of the docs uses.
+# Chosen with a nano CT model on pairs of synthetic subjects and of patients that no number of the docs uses.
 SQUARINGS = 6  # of scaling and squaring: 64 small steps (Arsigny et al. 2006)
 AFFINE_LEVEL, AFFINE_PART = 4, 3  # as of the levels
 LEVELS = (Level(8, 8, 2), Level(4, 4, 2), Level(2, 4, 2), Level(1, 2, 1))

@@ -18,7 +18,7 @@ from .features import WINDOW, backbone_of, mask_on_grid, preprocessing_of
 from .segment import Scan, comment_labels, prepare_channels
 from .sliding import Windows, device_of, evaluate, ready_copy
 
-# Chosen with the embedded model on four chest CTs, each labelling the three others; the test scans took no part.
+# Chosen with a nano CT model on four chest CTs, each labelling the three others; the test scans took no part.
 VOXELS = 1000  # of a class and scan, as many of each class as there are: a small organ counts as much as the background
 MOST_VOXELS = 30_000  # of a scan
 WEIGHT_DECAY = 1e-2  # of weights on features of unit SD
