@@ -123,7 +123,8 @@ def check_name_resolves(url: str, where: str) -> None:
     Behind a proxy the proxy resolves names, and nothing is checked.
     """
     host = urlsplit(url).hostname or ""
-    if urllib.request.getproxies().get(urlsplit(url).scheme) and not urllib.request.proxy_bypass(host):
+    proxies = urllib.request.getproxies()
+    if (proxies.get(urlsplit(url).scheme) or proxies.get("all")) and not urllib.request.proxy_bypass(host):
         return
     failure: list[str | None] = [f"no answer from the name server within {READ_SECONDS:.0f} s"]
 

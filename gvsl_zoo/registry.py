@@ -304,8 +304,16 @@ class ModelEntry:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
-        data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        data: dict[str, Any] = json.loads(json.dumps(asdict(self), default=lambda number: number.item()))  # NumPy's
         return data
+
+    def portable(self) -> ModelEntry:
+        """The entry as it travels beside its weights: without sources that are paths of this machine.
+
+        Errors: RegistryError for what `from_dict` would refuse.
+        """
+        own = replace(self, sources=tuple(source for source in self.sources if source.kind != "file"))
+        return self.from_dict(own.to_dict(), self.name)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str | Path = "entry") -> ModelEntry:

@@ -119,6 +119,8 @@ def candidates(entry: ModelEntry, access: Access) -> Iterator[tuple[str, Callabl
         if (path := cache.stored_path(sha256, access.cache_dir)).is_file():
             yield "cache", lambda path=path, sha=sha256: _checked(path, sha)  # type: ignore[misc]
     for folder in mirrors():
+        if entry.status == "upstream" and _converted(cache.upstream_folder(entry.name, access.cache_dir)):
+            break  # it is here already: `_from_drive` takes it, without network
         if (path := folder / f"{entry.name}.safetensors").is_file():
             yield f"mirror {folder}", lambda path=path: import_bundle(path, access.cache_dir, entry.name)[1]  # type: ignore[misc]
     for kind, where, get in (("hub", hub.WHERE, _from_hub), ("gdrive", "Google Drive", _from_drive)):
@@ -361,7 +363,7 @@ def export_bundle(name: str, output: Path, access: Access = ANYWHERE, *, overwri
     file, _ = locate(entry, access)
     record = _record(cache.upstream_folder(name, access.cache_dir)) if entry.status == "upstream" else None
     try:
-        bundle.write(path, file, entry, model_card(entry), record)
+        bundle.write(path, file, entry.portable(), model_card(entry), record)
     except OSError as error:
         raise SourceError(f"cannot write {path}: {error.strerror}", "choose another place") from None
     return path

@@ -9,6 +9,7 @@ import math
 import mmap
 import os
 import secrets
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from .cache import own_folder
 from .errors import WeightsError, listed
 
 MAX_HEADER_BYTES = 4 * 2**20  # 400 tensors and a model's entry take 60 kB
+FRESH_SECONDS = 60.0
 MAX_AXES = 8  # of a tensor; a convolution in 3D has 5
 DTYPES = {
     "F64": torch.float64,
@@ -264,7 +266,8 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> None:
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("xb") as file:
-            _lock(file)
+            with suppress(OSError):  # a file system without locks (Lustre): nobody sweeps there
+                _lock(file)
             for part in parts:
                 file.write(part)
             file.flush()
@@ -278,7 +281,8 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> None:
 def _remove_unless_locked(path: Path) -> None:
     with suppress(OSError), path.open("rb") as file:
         _lock(file)
-        path.unlink()
+        if time.time() - os.fstat(file.fileno()).st_mtime > FRESH_SECONDS:  # not yet locked, or not yet renamed
+            path.unlink()
 
 
 def _lock(file: BinaryIO) -> None:

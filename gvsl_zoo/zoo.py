@@ -24,7 +24,7 @@ from .models.gvsl import GVSL
 from .models.heads import ClassificationModel, HeadedModel, SegmentationModel
 from .models.unet import UNet
 from .models.xmorpher import XMorpher
-from .registry import TASKS, ModelEntry, model_info
+from .registry import TASKS, Ledger, Licence, ModelEntry, model_info
 from .sources import Access
 from .volume import Preprocessing, Volume, prepare, read_volume
 from .weights import (
@@ -349,8 +349,6 @@ def _dress(model: nn.Module, entry: ModelEntry, report: LoadReport) -> nn.Module
         "preprocessing": recipe,
         "preprocess": partial(_preprocess, recipe, _backbone(model).in_chans),
         "cite": partial(str, entry.citation),
-        "save_pretrained": partial(save_pretrained, model),
-        "push_to_hub": partial(push_to_hub, model),
     }
     for name, value in extras.items():
         setattr(model, name, value)
@@ -386,7 +384,7 @@ def save_pretrained(
 
     Args:
         entry: default the one that the model was loaded with; that of a head of your own training needs `heads` and
-            `labels`.
+            `labels`, and keeps no number, source or complete ledger of what was loaded.
         dtype: of the stored tensors; float16 halves the file.
 
     Returns: the path of the weights, written whole or not at all.
@@ -407,6 +405,7 @@ def _save(
         )
     if isinstance(model, HeadedModel):
         _check_head(model, entry)
+    entry = entry.portable()
     path = folder / WEIGHTS_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -419,8 +418,8 @@ def _save(
     chans = _backbone(model).in_chans
     if chans != entry.config.get("in_chans", 1):
         entry = replace(entry, config=entry.config | {"in_chans": chans})
-    if given is None and not _as_loaded(model):
-        entry = _changed(entry)
+    if (given is None or isinstance(model, HeadedModel)) and not _as_loaded(model):
+        entry = _without_others(entry, getattr(model, "entry", None), drawn=_drawn(model))
     if isinstance(model, Backbone):
         entry = replace(entry, heads=(), labels=())
     count = sum(tensor.numel() for tensor in tensors.values())
@@ -439,7 +438,7 @@ def _check_head(model: HeadedModel, entry: ModelEntry) -> None:
     if task is None or task != entry.trained_head or len(entry.labels) != model.num_classes:
         raise ArgumentError(
             f"a {type(model).__name__} whose {model.num_classes} classes have no names cannot be saved",
-            f"give entry=replace(model.entry, heads=({task!r},), labels=(Label(name, value), ...))",
+            f"give entry=replace(model.entry, name=..., heads=({task!r},), labels=(Label(name, value), ...))",
         )
     if not model.backbone.has_decoder:
         raise ArgumentError(
@@ -472,11 +471,32 @@ def _own_name(name: str) -> str:
     return name.removeprefix(WHOLE_MODULE).removeprefix(BESIDE_HEAD)
 
 
-def _changed(entry: ModelEntry) -> ModelEntry:
-    note = f"These weights are not those of {entry.name}, from which they were made; nothing has been measured on them."
-    limits = entry.limits if entry.limits and note in entry.limits else f"{note} {entry.limits or ''}".strip()
-    ledger = replace(entry.ledger, complete=False)
-    return replace(entry, sources=(), evaluation=(), proof=None, limits=limits, ledger=ledger)
+def _drawn(model: nn.Module) -> bool:
+    """Whether the model was made with `pretrained=False`: nothing but its shape is that of its entry."""
+    report = getattr(model, "load_report", None)
+    return report is not None and report.sha256 is None
+
+
+def _without_others(entry: ModelEntry, loaded: ModelEntry | None, *, drawn: bool) -> ModelEntry:
+    """`entry` without what it took over from `loaded` and only holds for the weights of that one."""
+    if loaded is None:
+        return entry
+    note = (
+        f"These weights are not those of {loaded.name}, from which they were made; nothing has been measured on them."
+    )
+    empty: dict[str, Any] = {"ledger": replace(entry.ledger, complete=False)}
+    if drawn:
+        note = f"These weights began at random, in the shape of {loaded.name}; nothing has been measured on them."
+        unknown = Licence(entry.licence.code, "not stated", "not stated")
+        empty |= {"licence": unknown, "status": "available", "ledger": Ledger(complete=False), "limits": None}
+        empty |= {"training": None, "datasets": (), "base_model": None, "input_statistics": None}
+    entry = replace(
+        entry, **{name: value for name, value in empty.items() if getattr(entry, name) == getattr(loaded, name)}
+    )
+    rows = tuple(row for row in entry.evaluation if row not in loaded.evaluation)
+    places = tuple(source for source in entry.sources if source not in loaded.sources)
+    limits = entry.limits if rows or note in (entry.limits or "") else f"{note} {entry.limits or ''}".strip()
+    return replace(entry, evaluation=rows, sources=places, limits=limits)
 
 
 def from_pretrained(name: str | os.PathLike[str], **settings: Any) -> nn.Module:
@@ -485,7 +505,9 @@ def from_pretrained(name: str | os.PathLike[str], **settings: Any) -> nn.Module:
     Args:
         settings: those of `load`.
     """
-    if isinstance(name, str) and not name.startswith((hub.PREFIX, ".", "/")) and not Path(name).exists():
+    if isinstance(name, str) and not name.startswith((hub.PREFIX, ".", "/")):
+        if Path(name).exists():
+            return load(Path(name), **settings)
         name = hub.PREFIX * (name.partition("@")[0].count("/") == 1) + name
     return load(name, **settings)
 
@@ -538,7 +560,7 @@ def push_to_hub(
     """
     wanted = hub.parse_name(repo_id, WEIGHTS_NAME, branch)
     branch = None if wanted.revision == "main" else wanted.revision
-    check_publishable(entry or getattr(model, "entry", None))
+    check_publishable(entry or (None if _drawn(model) else getattr(model, "entry", None)))
     if cache.offline():
         raise SourceError("the network is not allowed (HF_HUB_OFFLINE)", "push from where it is")
     with TemporaryDirectory() as folder:
@@ -546,3 +568,8 @@ def push_to_hub(
         message = commit_message or f"{known.name}, saved by gvsl-zoo {__version__}"
         commit = hub.push(Path(folder), wanted.repo, token=token, private=private, branch=branch, message=message)
         return PushReport(wanted.repo, commit, cache.sha256_of(path), path.stat().st_size)
+
+
+# Methods of the classes: bound ones kept in an instance would be a cycle, and `del net` would free no memory.
+for _kind in (Backbone, FeatureList, HeadedModel, GVSL, GEMINI):
+    _kind.save_pretrained, _kind.push_to_hub = save_pretrained, push_to_hub  # type: ignore[union-attr]

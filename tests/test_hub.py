@@ -926,6 +926,14 @@ def test_a_session_of_the_users_own_making_is_kept(server):
         huggingface_hub.set_client_factory(before)
 
 
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "ALL_PROXY"])
+def test_behind_a_proxy_no_name_is_looked_up_here(name, monkeypatch):
+    with pytest.raises(SourceError, match="the Hub cannot be found"):
+        download.check_name_resolves("https://hub.example", "the Hub")
+    monkeypatch.setenv(name, "http://127.0.0.1:9")
+    download.check_name_resolves("https://hub.example", "the Hub")
+
+
 # --- The cache --------------------------------------------------------------------------------------------------------
 
 

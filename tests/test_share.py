@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -13,12 +14,14 @@ import sys
 import textwrap
 import time
 import traceback
+import weakref
 from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
 import hub_server
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -29,11 +32,11 @@ from PIL import Image
 from gvsl_zoo import from_pretrained, load, model_info, push_to_hub, registry, save_pretrained
 from gvsl_zoo.card import card_files, model_card
 from gvsl_zoo.demo import as_volume
-from gvsl_zoo.errors import ArgumentError, SourceError, WeightsError
+from gvsl_zoo.errors import ArgumentError, RegistryError, SourceError, WeightsError
 from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.pretrain.anatomy import sample_subject
 from gvsl_zoo.proof import verify_maths
-from gvsl_zoo.registry import Evaluation, Input, Intensity, Licence, Proof, list_models
+from gvsl_zoo.registry import Evaluation, Input, Intensity, Label, Licence, Proof, Source, list_models
 from gvsl_zoo.volume import write_volume
 from gvsl_zoo.weights import WEIGHTS_NAME
 from gvsl_zoo.zoo import entry_of, open_weights
@@ -258,6 +261,10 @@ def drawn_at_random(folder):
     return load(folder, pretrained=False)
 
 
+def drawn_and_saved(folder):
+    return load(save_pretrained(drawn_at_random(folder), folder.with_name("drawn")).parent)
+
+
 def trained_a_step(folder):
     model = load(folder, task="pretraining").train()
     optimiser = torch.optim.SGD(model.parameters(), 1e-2)
@@ -277,7 +284,7 @@ def without_its_file(folder):
     return model
 
 
-CHANGES = [one_number_changed, drawn_at_random, trained_a_step, spread_over_three_channels, without_its_file]
+CHANGES = [one_number_changed, trained_a_step, spread_over_three_channels, without_its_file]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -312,6 +319,58 @@ def test_an_entry_that_is_given_is_believed(saved, tmp_path):
     assert (own.name, own.evaluation) == ("other", MINE.evaluation)
 
 
+@pytest.mark.parametrize("change", [drawn_at_random, drawn_and_saved])
+def test_weights_that_began_at_random_are_nobodys(change, saved, tmp_path):
+    folder = save_pretrained(change(saved), tmp_path / "out").parent
+    own = entry_of(open_weights(folder / WEIGHTS_NAME))
+    assert "These weights began at random, in the shape of mine" in own.limits and MINE.limits not in own.limits
+    assert (own.training, own.base_model, own.datasets, own.input_statistics, own.evaluation) == (
+        None,
+        None,
+        (),
+        None,
+        (),
+    )
+    assert not own.ledger.scans and not own.ledger.complete
+    assert own.licence == Licence("MIT", "not stated", "not stated")
+    assert "reproduce" not in (folder / "README.md").read_text()
+
+
+def test_the_shape_of_the_authors_model_may_be_published_with_weights_of_ones_own(hub):
+    own = load("gvsl-unet-ct", pretrained=False)
+    assert own.push_to_hub(REPO).repo == REPO
+    assert load(f"hf-hub:{REPO}").entry.status == "available"
+
+
+def test_a_head_of_ones_own_takes_over_no_number_and_no_ledger(saved, tmp_path):
+    model = load(saved, task="segmentation", num_classes=2)
+    labels = tuple(Label(f"class {value}", value) for value in np.arange(2))
+    rows = replace(MEASURED, data="own")
+    entry = replace(model.entry, heads=("segmentation",), labels=labels, evaluation=(*MINE.evaluation, rows))
+    own = entry_of(open_weights(save_pretrained(model, tmp_path / "out", entry=entry)))
+    assert (own.evaluation, own.sources, own.ledger.complete) == ((rows,), (), False)
+    assert own.labels == (Label("class 0", 0), Label("class 1", 1)) and own.ledger.scans == MINE.ledger.scans
+
+
+def test_an_entry_that_load_would_refuse_is_not_written(saved, tmp_path):
+    model = load(saved)
+    for change, match in (
+        ({"name": "LungSeg_v2"}, "expected a lower-case name such as gvsl-unet-ct, got 'LungSeg_v2'"),
+        ({"citation": "https://www.example.org/x"}, "www.example.org is refused"),
+    ):
+        with pytest.raises(RegistryError, match=match):
+            save_pretrained(model, tmp_path / "out", entry=replace(MINE, **change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_path_of_this_machine_is_saved(tmp_path):
+    path = save_pretrained(load(NANO), tmp_path / "made on this machine")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    here = replace(MINE, sources=(Source("file", path=str(path), sha256=digest),))
+    folder = save_pretrained(load(NANO, task="pretraining"), tmp_path / "out", entry=here).parent
+    assert all(str(tmp_path).encode() not in file.read_bytes() for file in folder.iterdir())
+
+
 def test_a_backbone_alone_has_no_heads(saved, tmp_path):
     model = load(saved)
     own = entry_of(open_weights(save_pretrained(model, tmp_path / "out")))
@@ -343,6 +402,25 @@ def test_a_folder_is_loaded_by_the_hubs_name(saved, monkeypatch):
     for name in (saved, str(saved), f"{saved.parent.name}/{saved.name}"):
         model = from_pretrained(name, task="registration")
         assert model.entry.name == "mine" and model.load_report.origin.endswith(WEIGHTS_NAME)
+
+
+@pytest.mark.parametrize("name", ["plain", NANO])
+def test_a_folder_here_comes_before_a_model_of_the_registry(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = one_number_changed(NANO)
+    save_pretrained(model, name)
+    assert same_state(from_pretrained(name), model)
+
+
+def test_a_model_that_nobody_holds_is_gone_at_once(saved):
+    model = load(saved, task="pretraining")
+    alive = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_a_repository_is_loaded_by_the_hubs_name_and_revision(hub):

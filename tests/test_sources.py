@@ -490,6 +490,27 @@ def test_a_bundle_of_the_authors_checkpoint_brings_it_with_its_record(upstream_b
     assert stored() == ["upstream/theirs/model.safetensors", "upstream/theirs/record.json"]
 
 
+def test_what_a_mirror_brought_once_is_not_brought_again(upstream_bundle, tmp_path, monkeypatch):
+    (tmp_path / "mirror").mkdir()
+    shutil.move(upstream_bundle[0], tmp_path / "mirror" / "theirs.safetensors")
+    monkeypatch.setenv("GVSL_ZOO_REGISTRY", str(tmp_path / "mirror"))
+    load("theirs")
+    path = cache.upstream_folder("theirs") / WEIGHTS_NAME
+    before = path.stat()
+    load("theirs")
+    assert path.stat() == before
+
+
+def test_a_bundle_carries_no_path_of_the_machine_it_was_made_on(tmp_path):
+    source = tmp_path / "source.safetensors"
+    safetensors.torch.save_file(narrow(), source)
+    place = Source("file", path=str(source), sha256=sha256_of(source.read_bytes()))
+    add("ours", place, heads=(), config={"ndim": 3, "width": 8}, parameters=1_472_952)
+    carried = export_bundle("ours", tmp_path / "carried.safetensors")
+    assert str(tmp_path).encode() not in carried.read_bytes()
+    assert load(carried).entry.name == "ours"
+
+
 def test_a_bundle_of_another_checkpoint_than_the_one_seen_first_is_refused(upstream_bundle, tmp_path):
     tensors = theirs(1, tmp_path)
     with pytest.raises(WeightsError, match=r"theirs has sha256 .*; the one seen first \(20.*cache remove theirs"):

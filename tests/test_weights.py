@@ -13,6 +13,7 @@ import pwd
 import random
 import re
 import struct
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -607,8 +608,16 @@ def test_the_same_tensors_and_metadata_give_the_same_bytes(tmp_path):
 def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):
     (tmp_path / ".x.safetensors.0a1b2c3d.partial").write_bytes(b"half")
     (tmp_path / ".other.safetensors.0a1b2c3d.partial").write_bytes(b"of another file")
+    for path in tmp_path.iterdir():
+        an_hour_ago(path)
+    (tmp_path / ".x.safetensors.4e5f6a7b.partial").write_bytes(b"of a writer that is about to lock or rename it")
     write_weights({"a": torch.ones(3)}, tmp_path / "x.safetensors", {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.safetensors.0a1b2c3d.partial", "x.safetensors"]
+    kept = [".other.safetensors.0a1b2c3d.partial", ".x.safetensors.4e5f6a7b.partial", "x.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+
+
+def an_hour_ago(path):
+    os.utime(path, (time.time() - 3600,) * 2)
 
 
 def test_a_write_leaves_that_of_a_living_process_alone(tmp_path):
@@ -616,10 +625,20 @@ def test_a_write_leaves_that_of_a_living_process_alone(tmp_path):
     busy = tmp_path / ".x.safetensors.0a1b2c3d.partial"
     with busy.open("xb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
+        an_hour_ago(busy)
         write_weights({"a": torch.ones(3)}, tmp_path / "x.safetensors", {})
         assert busy.exists()
     write_weights({"a": torch.ones(3)}, tmp_path / "x.safetensors", {})
     assert not busy.exists()
+
+
+def test_a_file_system_without_locks_takes_weights(tmp_path, monkeypatch):
+    def missing(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")  # what Lustre says where it is mounted without flock
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", missing)
+    write_weights({"a": torch.ones(3)}, tmp_path / "x.safetensors", {})
+    assert torch.equal(open_weights(tmp_path / "x.safetensors").tensor("a"), torch.ones(3))
 
 
 def test_writing_takes_no_second_copy_of_the_tensors(tmp_path):
