@@ -59,6 +59,8 @@ class FilmPreprocessing:
 def prepare_film(film: Volume, recipe: FilmPreprocessing) -> Prepared:
     """Bring a film, a volume of one slice, onto a model's grid: image (1, 1, 1, H, W).
 
+    One that looks scaled already, of values up to 1 for a window beyond it, is warned about as `prepare` does.
+
     Errors: VolumeError for a volume of several slices.
     """
     width, height, _ = one_slice(film).shape
@@ -115,6 +117,12 @@ def read_for(scan: Volume | str | os.PathLike[str], recipe: Preprocessing | Film
         remedy = "choose a 2D model: gvsl_zoo.list_models(ndim=2)"
         raise ArgumentError(f"{str(scan)!r} is a film, the model one of volumes", remedy)
     return scan if isinstance(scan, Volume) else read_volume(scan)
+
+
+def prepare_scan(scan: Volume | str | os.PathLike[str], recipe: Preprocessing | FilmPreprocessing) -> Prepared:
+    """A film or a volume, given or read, on the grid of the model. Errors: those of `read_for` and `prepare`."""
+    volume = read_for(scan, recipe)
+    return prepare_film(volume, recipe) if isinstance(recipe, FilmPreprocessing) else prepare(volume, recipe)
 
 
 def on_film(picture: Volume, film: Volume) -> Volume:

@@ -398,20 +398,24 @@ def _read_series(sitk: Any, path: Path, max_bytes: int) -> tuple[Any, list[list[
     if found != claimed:
         raise VolumeError(f"{claimed - found} of {claimed} DICOM files are damaged", "copy them again")
     [names] = files.values()
-    reader, first = sitk.ImageSeriesReader(), sitk.ImageFileReader()
-    first.SetFileName(names[0])
-    first.ReadImageInformation()
-    voxel = sitk.GetArrayViewFromImage(sitk.Image([1, 1], first.GetPixelID())).nbytes
-    if (size := math.prod(first.GetSize()) * len(names) * voxel) > max_bytes:
+    reader, header = sitk.ImageSeriesReader(), sitk.ImageFileReader()
+    kinds, places = set(), []
+    for name in names:
+        header.SetFileName(name)
+        header.ReadImageInformation()
+        if header.GetNumberOfComponents() != 1 or math.prod(header.GetSize()[2:]) != 1:
+            raise VolumeError("the DICOM series is not one grey volume", TO_NIFTI)
+        kinds.add(header.GetPixelID())  # follows from slope and intercept
+        if header.HasMetaDataKey("0020|0032"):  # ImagePositionPatient
+            places.append([float(x) for x in header.GetMetaData("0020|0032").split("\\")])
+    kind = kinds.pop() if len(kinds) == 1 else sitk.sitkFloat64  # ITK would cut every slice to the type of the first
+    voxel = sitk.GetArrayViewFromImage(sitk.Image([1, 1], kind)).nbytes
+    if (size := math.prod(header.GetSize()) * len(names) * voxel) > max_bytes:
         cause = f"{len(names)} slices take {size} bytes, more than {max_bytes / 2**30:.3g} GiB"
         raise VolumeError(cause, "choose fewer slices, or raise max_bytes")
     reader.SetFileNames(names)
-    reader.MetaDataDictionaryArrayUpdateOn()
-    image = reader.Execute()
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise VolumeError("the DICOM series is not one grey volume", TO_NIFTI)
-    placed = [n for n in range(len(names)) if reader.HasMetaDataKey(n, "0020|0032")]  # ImagePositionPatient
-    return image, [[float(x) for x in reader.GetMetaData(n, "0020|0032").split("\\")] for n in placed]
+    reader.SetOutputPixelType(kind)
+    return reader.Execute(), places
 
 
 # ---- the way out
@@ -456,11 +460,29 @@ def check_output(path: Path, source: Path | None, overwrite: bool) -> None:
     with _typed("write", path):
         if not path.parent.is_dir():
             raise VolumeError(f"the folder {str(path.parent)!r} does not exist", "make it first")
+        if not os.access(path.parent, os.W_OK):
+            raise VolumeError(f"the folder {str(path.parent)!r} may not be written to", "choose another folder")
         if path.exists():
             if source is not None and source.exists() and path.samefile(source):
                 raise VolumeError("it is the input itself", "choose another output name")
             if not overwrite or not path.is_file():
                 raise VolumeError("it exists already", "choose another name, or pass overwrite=True (--overwrite)")
+
+
+def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[Path | None], overwrite: bool) -> None:
+    """Refuse outputs as `check_output` does, each against every input, and two that are one file; None is no file.
+
+    Errors: VolumeError; ArgumentError for two outputs of one name.
+    """
+    sources = [path for path in inputs if path]
+    places: set[Path] = set()
+    for path in filter(None, outputs):
+        for source in sources:
+            check_output(path, source, overwrite=True)  # an input is called one even where nothing is to be replaced
+        check_output(path, None, overwrite)
+        if (place := path.resolve()) in places:
+            raise ArgumentError(f"two outputs are {str(path)!r}", "give each its own name")
+        places.add(place)
 
 
 def _encoded(volume: Volume) -> tuple[np.ndarray, Any, bytes]:
@@ -663,7 +685,7 @@ def prepare(volume: Volume, preprocessing: Preprocessing, *, max_bytes: int = MA
         cause = f"{_numbers(spacing)} resampled to {_numbers(wanted)} takes {4 * math.prod(size) / 2**30:.3g} GiB"
         raise VolumeError(cause, "check the header's spacing, crop the image, or raise max_bytes")
     extremes = float(data.min()), float(data.max())
-    found = filled + _doubts(data, extremes, preprocessing.unit)
+    found = filled + _doubts(data, extremes, preprocessing)
     _warn(f"{volume.path.name}: {text}" if volume.path else text for text in found)
     image = torch.from_numpy(_resample(source, size))
     _to_scale(image, extremes, preprocessing)
@@ -671,10 +693,12 @@ def prepare(volume: Volume, preprocessing: Preprocessing, *, max_bytes: int = MA
 
 
 def canonical_view(volume: Volume) -> tuple[np.ndarray, tuple[float, float, float]]:
-    """The voxels as (z, y, x) in RAS+ directions, a view of the same memory, and their spacing in mm along z, y, x."""
+    """The voxels as (z, y, x), or (z, y, x, C), in RAS+ directions, a view of the same memory, and their spacing in mm
+    along z, y, x.
+    """
     order, flips = _canonical(volume.affine)
     z, y, x = (volume.spacing_mm[axis] for axis in order)
-    return volume.data.transpose(order)[flips], (z, y, x)
+    return volume.data.transpose(*order, *range(3, volume.data.ndim))[flips], (z, y, x)
 
 
 def _canonical(affine: np.ndarray) -> tuple[tuple[int, int, int], tuple[slice, slice, slice]]:
@@ -756,17 +780,21 @@ def _to_scale(image: torch.Tensor, extremes: tuple[float, float], preprocessing:
         image.mul_(top - bottom).add_(bottom)
 
 
-def _doubts(data: np.ndarray, extremes: tuple[float, float], unit: str) -> list[str]:
-    """What does not look like the unit expected, with the numbers and a way out."""
+def _doubts(data: np.ndarray, extremes: tuple[float, float], preprocessing: Preprocessing) -> list[str]:
+    """What does not look like the unit and window expected, with the numbers and a way out."""
     low, high = extremes
+    _, top = preprocessing.window or (None, None)
     if low == high:
         return [f"every voxel is {low:g}: an empty image"]
     span = f"values span {low:g} to {high:g}"
     thin = data[tuple(slice(None, None, max(1, n // 64)) for n in data.shape)]
     dark = 100 * float((thin < -200).mean())
-    if unit == "arbitrary":
+    scaled = max(-low, high) <= 1
+    if preprocessing.unit == "arbitrary":
+        if scaled and top is not None and top > 1:
+            return [f"expected values up to {top:g}, but {span}: already scaled? Give the original"]
         return [f"expected MR, but {span} and {dark:.0f} % lie below -200: CT in HU?"] if dark > 1 else []
-    if max(-low, high) <= 1:
+    if scaled:
         return [f"expected HU, but {span}: already scaled? Give the original scan"]
     if low >= 0 and high <= 255:
         return [f"expected HU, but {span}: an 8-bit picture, or MR? Give the original scan, or choose a model for MR"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import __version__, cache, hub, sources
 from .card import card_files
 from .errors import ArgumentError, SourceError, WeightsError, listed
-from .film import FilmPreprocessing, prepare_film, read_film
+from .film import FilmPreprocessing, flattened, prepare_scan
 from .models.backbone import Backbone, FeatureList
 from .models.gemini import GEMINI, WholeModule
 from .models.gvsl import GVSL
@@ -26,7 +26,7 @@ from .models.unet import UNet
 from .models.xmorpher import XMorpher
 from .registry import TASKS, Ledger, Licence, ModelEntry, model_info
 from .sources import Access
-from .volume import Preprocessing, Volume, prepare, read_volume
+from .volume import Preprocessing, Volume
 from .weights import (
     METADATA_KEY,
     WEIGHTS_NAME,
@@ -101,7 +101,8 @@ def load(
         pretrained: False draws all weights at random: the scratch baseline.
         frozen: no gradient to the backbone, which stays in evaluation mode through `train()`.
         device: where the parameters lie: "cpu", "cuda", "cuda:1", "mps", or "auto" for the best there is.
-        dtype: of the parameters; default float32.
+        dtype: of the parameters; default float32. `preprocess` gives float32: cast what it gives. The functions on
+            whole scans (`features`, `register`, ...) compute in float32, or as their `precision` says.
         revision: commit, branch or tag of an `hf-hub:` name; default main. The registry's names have their own.
         cache_dir: a Hub cache of one's own; default the Hub's (HF_HOME, HF_HUB_CACHE).
         local_files_only: no network; so does HF_HUB_OFFLINE=1. What is cached and hashed needs none anyway.
@@ -358,11 +359,11 @@ def _dress(model: nn.Module, entry: ModelEntry, report: LoadReport) -> nn.Module
 def _preprocess(
     recipe: Preprocessing | FilmPreprocessing, in_chans: int, volume: Volume | str | os.PathLike[str]
 ) -> Tensor:
-    """The input tensor (1, C, D, H, W) of a scan or (1, C, H, W) of a film, or its path, every channel the same."""
-    if isinstance(recipe, FilmPreprocessing):
-        image = prepare_film(volume if isinstance(volume, Volume) else read_film(volume), recipe).image[:, :, 0]
-    else:
-        image = prepare(volume if isinstance(volume, Volume) else read_volume(volume), recipe).image
+    """The input tensor (1, C, D, H, W) of a scan or (1, C, H, W) of a film, or its path, every channel the same.
+
+    float32 on the CPU, whatever the model's: bring it to the model's device and dtype.
+    """
+    image = flattened(prepare_scan(volume, recipe).image, recipe)
     return image.expand(-1, in_chans, *image.shape[2:])
 
 

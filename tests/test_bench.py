@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +23,7 @@ from gvsl_zoo.pretrain.anatomy import LABELS, sample_film, sample_subject
 from gvsl_zoo.transfer import bench as room
 from gvsl_zoo.transfer import finetune as loop
 from gvsl_zoo.transfer.bench import Bench, Cell, Trainings, bench, compared, dice_of_labels, hold_out, scratch_arms
-from gvsl_zoo.transfer.cases import read_cases
+from gvsl_zoo.transfer.cases import Case, Cases, read_cases
 from gvsl_zoo.transfer.config import FinetuneConfig
 from gvsl_zoo.transfer.evaluate import overlap
 from gvsl_zoo.transfer.finetune import finetune
@@ -86,6 +87,28 @@ def test_arms_are_trained_on_the_same_scans_the_fewer_among_the_more_and_never_o
         assert set(taken[NANO, 1, seed]) < set(taken[NANO, 3, seed])
     assert not {name for names in taken.values() for name in names} & set(report.settings["test"])
     assert len({tuple(taken[NANO, 3, seed]) for seed in range(3)}) > 1
+
+
+@pytest.mark.parametrize("subjects", [2, 3, 4, 5, 8, 12, 20])
+def test_two_subjects_at_least_and_else_a_quarter_are_held_out_with_all_their_scans(cases, subjects):
+    rows = [Case(f"{n}-{scan}", str(n), (), 0) for n in range(subjects) for scan in range(2)]
+    pool, test = hold_out(Cases("segmentation", tuple(rows), cases.labels))
+    expected = max(min(2, subjects - 1), round(subjects / 4))
+    assert len({case.subject for case in test}) == expected and len(test) == 2 * expected
+    assert len(pool) == len(rows) - len(test)
+
+
+def test_every_cell_has_a_file_of_its_own():
+    arms = ["scratch", "./scratch", "run", "./run", "../run", "/run", "a b/run", "a_b/run", "scratch of ./run"]
+    names = [Cell(arm, "full", 1, seed).name for arm in arms for seed in range(2)]
+    assert len({*names}) == len(names) and names[0] == "scratch-full-1-0"
+    assert all(re.fullmatch(r"\w[\w.-]*", name) for name in names)
+
+
+@pytest.mark.parametrize("name", ["scratch", "scratch of run"])
+def test_a_model_is_not_called_as_the_arm_without_weights(cases, tmp_path, name):
+    with pytest.raises(ArgumentError, match=f"a model called '{name}', .*; write ./{name}"):
+        bench(cases, [NANO, name], CONFIG, tmp_path, device="cpu")
 
 
 def test_every_number_is_in_the_results(done):
@@ -200,6 +223,32 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(cases, tmp_path, c
         bench(cases, [NANO], CONFIG, tmp_path, device="cpu", **change)
 
 
+def test_a_bench_whose_label_files_have_changed_is_not_gone_on_with(folder, done, tmp_path):
+    mine, out = shutil.copytree(folder, tmp_path / "mine"), shutil.copytree(done[1], tmp_path / "out")
+    options = {"counts": [1, 3], "modes": ["linear"], "device": "cpu"}
+    same = bench(read_cases(mine, labels=ORGANS), [NANO], CONFIG, out, **options)
+    assert same.to_dict() == done[0].to_dict()
+    shutil.copy(mine / "labels/a.nii.gz", mine / "labels/b.nii.gz")
+    with pytest.raises(ArgumentError, match="holds a bench with other files; use the same"):
+        bench(read_cases(mine, labels=ORGANS), [NANO], CONFIG, out, **options)
+    settings = json.loads((out / "settings.json").read_text())
+    del settings["subjects"], settings["files"]  # as in a bench of before
+    (out / "settings.json").write_text(json.dumps(settings))
+    bench(read_cases(mine, labels=ORGANS), [NANO], CONFIG, out, **options)
+    assert {"subjects", "files"} <= json.loads((out / "settings.json").read_text()).keys()
+
+
+def test_a_draw_that_lacks_a_label_is_refused_before_the_first_training(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "finetune", lambda *_, **__: pytest.fail("it was trained"))
+    mine = shutil.copytree(folder, tmp_path / "mine")
+    for name in "abcde":
+        volume = read_volume(mine / f"labels/{name}.nii.gz")
+        data = np.where(volume.data == ORGANS["spine"], 0, volume.data)
+        write_volume(replace(volume, data=data, path=None), mine / f"labels/{name}.nii.gz", overwrite=True)
+    with pytest.raises(ArgumentError, match="none of 3 training cases holds spine on the model's grid"):
+        bench(read_cases(mine, labels=ORGANS), [NANO], CONFIG, tmp_path / "out", counts=[3], device="cpu")
+
+
 @pytest.fixture(scope="module")
 def knowing(cases, tmp_path_factory):
     """The model as if it had seen a case that is tested on, and one that is not; and the tested one's name."""
@@ -242,16 +291,21 @@ def test_a_test_case_that_is_also_trained_on_under_another_name_is_refused(folde
 # --- Verdicts -------------------------------------------------------------------------------------------------------
 
 
-def invented(effects):
-    """A bench of invented scores: a zoo arm better than scratch by `effects`, count by count."""
+def invented(effects, cases=12, scans=1):
+    """A bench of invented scores: a zoo arm better than scratch by `effects`, count by count; a subject's scans are
+    copies of one.
+    """
     random, results = np.random.default_rng(0), {}
+    subjects = {f"{subject}-{scan}": str(subject) for subject in range(cases) for scan in range(scans)}
     for count, effect in effects.items():
         for seed in range(3):
-            scratch = 50 + 10 * random.normal(size=12)
-            for arm, scores in (("scratch", scratch), ("zoo", scratch + effect + random.normal(size=12))):
-                results[Cell(arm, "full", count, seed)] = {"scores": dict(enumerate(scores.tolist()))}
-    rows = compared(results, {"zoo": "scratch"}, ["full"], list(effects), 3)
-    return Bench("segmentation", {"test": [str(i) for i in range(12)]}, (), rows)
+            scratch = 50 + 10 * random.normal(size=cases)
+            for arm, scores in (("scratch", scratch), ("zoo", scratch + effect + random.normal(size=cases))):
+                values = dict(zip(subjects, np.repeat(scores, scans).tolist(), strict=True))
+                results[Cell(arm, "full", count, seed)] = {"scores": values}
+    rows = compared(results, subjects, {"zoo": "scratch"}, ["full"], list(effects), 3)
+    cells = tuple({"arm": c.arm, "mode": c.mode, "count": c.count, "seed": c.seed} | results[c] for c in results)
+    return Bench("segmentation", {"test": list(subjects), "subjects": subjects}, cells, rows)
 
 
 def test_the_verdict_names_the_gain_with_its_interval_and_where_there_is_none():
@@ -263,6 +317,23 @@ def test_the_verdict_names_the_gain_with_its_interval_and_where_there_is_none():
 def test_the_verdict_does_not_flatter():
     assert invented({1: 0.0, 3: 0.0}).verdicts == ["zoo, full: not shown to help: no sure difference at 1, 3 scans"]
     assert re.match(r"zoo, full: hurts by [78]\.\d \+- 1\.\d Dice at 3 scans$", invented({3: -8.0}).verdicts[0])
+
+
+def test_more_scans_of_the_same_subjects_are_no_more_evidence():
+    one, eight = (invented({1: 2.0, 3: 0.0}, cases=4, scans=scans) for scans in (1, 8))
+    assert [row.to_dict() for row in eight.comparisons] == [pytest.approx(row.to_dict()) for row in one.comparisons]
+    assert eight.lines()[0] == "full: mean Dice in % over 32 test cases of 4 subjects and all seeds"
+
+
+def test_of_one_test_subject_there_is_no_verdict_and_the_report_says_why(tmp_path):
+    report = invented({1: 12.0, 3: 9.0}, cases=1, scans=8)
+    assert report.verdicts == ["zoo, full: not shown to help: one test subject says nothing about others"]
+    assert [(row.effect, row.p, row.half) for row in report.comparisons] == [("unclear", 1.0, np.inf)] * 2
+    room.write_report(report, tmp_path)
+    text = (tmp_path / "results.json").read_text()
+    rows = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["comparisons"]
+    assert [row["half"] for row in rows] == [None, None] and "over 8 test cases of 1 subject and" in report.lines()[0]
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_between_sure_and_unclear_the_verdict_says_probably():
@@ -297,6 +368,19 @@ def test_the_command_prints_tables_and_verdicts(folder, tmp_path):
     again = CliRunner().invoke(main, [*words, "--json"])
     assert "0 trainings of 1 steps to do, 12 done before" in again.stderr
     assert len(json.loads(again.stdout)["cells"]) == 12
+
+
+def test_a_classification_begins_with_as_many_subjects_as_there_are_classes(folder, tmp_path, monkeypatch):
+    def checked(self, cells, say):
+        self._check(cells)
+        raise Killed(str(sorted({cell.count for cell in cells})))
+
+    monkeypatch.setattr(Trainings, "run", checked)
+    data, config = read_cases(folder / "classes.csv", task="classification"), replace(CONFIG, task="classification")
+    with pytest.raises(Killed, match=r"\[2, 3\]"):
+        bench(data, [NANO], config, tmp_path, seeds=9, device="cpu")
+    with pytest.raises(ArgumentError, match=r"none of 1 training cases is of the class (ill|healthy); train on"):
+        bench(data, [NANO], config, tmp_path, counts=[1], device="cpu")
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 
 from gvsl_zoo.errors import ArgumentError, VolumeError
 from gvsl_zoo.registry import Label
-from gvsl_zoo.transfer.cases import Case, Cases, read_cases, read_labels, split_cases
+from gvsl_zoo.transfer.cases import Case, Cases, files_hash, read_cases, read_labels, split_cases
 
 V2 = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "lung": 1, "heart": 2}, "file_ending": ".nii.gz"}
 V1 = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "lung", "2": "heart"}}
@@ -218,6 +218,29 @@ def test_a_damaged_film_is_refused_by_name(tmp_path):
         read_labels(tmp_path / "a.png")
 
 
+# --- Changes ---------------------------------------------------------------------------------------------------
+
+
+def test_the_hash_of_files_tells_every_change_but_not_where_they_lie(tmp_path):
+    hashes = set()
+    for folder, change in (("a", {}), ("b", {}), ("c", {"mirrored": True}), ("d", {"mm": 2.0}), ("e", {"label": 2})):
+        voxels = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+        (tmp_path / folder).mkdir()
+        image = nib.Nifti1Image(voxels[:: -1 if "mirrored" in change else 1], np.eye(4) * change.get("mm", 1.0))
+        image.to_filename(tmp_path / folder / "x.nii")
+        label = put(tmp_path / folder / "y.nii", change.get("label", 1))
+        hashes.add(files_hash([Case("x", "x", (tmp_path / folder / "x.nii",), label)]))
+    hashes |= {files_hash([Case("x", "x", (), label)]) for label in (0, 1)}
+    assert len(hashes) == 4 + 2
+
+
+def test_a_file_that_has_changed_is_hashed_again(tmp_path):
+    case = Case("x", "x", (put(tmp_path / "x.nii", 1),), 0)
+    before = files_hash([case])
+    put(tmp_path / "x.nii", 12)
+    assert files_hash([case]) != before
+
+
 # --- Subjects --------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +270,30 @@ def test_fewer_subjects_are_a_part_of_more_and_validation_stays():
 def test_the_seed_decides_the_split():
     cases = cases_of(*map(str, range(20)))
     assert split_cases(cases, seed=1) == split_cases(cases, seed=1) != split_cases(cases, seed=2)
+
+
+def of_classes(*labels):
+    """A case and subject a label."""
+    rows = tuple(Case(f"{i}", f"{i}", (), label) for i, label in enumerate(labels))
+    return Cases("classification", rows, tuple(Label(str(k), k) for k in sorted(set(labels))))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_as_many_subjects_as_there_are_classes_hold_every_class_and_fewer_are_a_part_of_more(seed):
+    cases, before = of_classes(*[0] * 12, *[1] * 5, *[2] * 3), set()
+    for count in range(3, 21):
+        train = split_cases(cases, seed=seed, validation=0, subjects=count).train
+        counts = [sum(case.label == k for case in train) for k in range(3)]
+        assert max(counts) - min(counts) <= 1 or counts[2] == 3
+        assert before < subjects(train)
+        before = subjects(train)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_of_every_class_about_the_same_share_is_held_out(seed):
+    split = split_cases(of_classes(*[0] * 20, *[1] * 10, *[2] * 2), seed=seed, validation=0.3)
+    counts = [sum(case.label == k for case in split.val) for k in range(3)]
+    assert sum(counts) == 10 and abs(counts[0] - 6) <= 1 and abs(counts[1] - 3) <= 1 and counts[2] < 2
 
 
 def test_what_the_data_say_of_their_split_holds():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -34,6 +35,7 @@ from gvsl_zoo import (
     sources,
 )
 from gvsl_zoo.cli import DEFAULT_MODEL, main
+from gvsl_zoo.cli.common import show
 from gvsl_zoo.errors import ArgumentError, RegistryError, SourceError, WeightsError
 from gvsl_zoo.models.unet import UNet
 
@@ -189,15 +191,69 @@ def test_the_input_is_never_the_output(folder, overwrite):
     for output in ("ct.nii.gz", "link.nii.gz"):
         call = ["-i", folder / "ct.nii.gz", "-o", folder / output, *overwrite]
         refused(1, "it is the input itself", "features", *call)
-    call = ["-i", folder / "ct.nii.gz", "-o", folder / "x.nii.gz", "--picture", folder / "ct.nii.gz", *overwrite]
+    (film := folder / "film.png").write_bytes(b"precious")
+    call = ["-i", film, "-o", folder / "x.nii.gz", "--picture", film, *overwrite]
     refused(1, "it is the input itself", "features", *call)
-    assert (folder / "ct.nii.gz").read_bytes() == before
+    assert film.read_bytes() == b"precious" and (folder / "ct.nii.gz").read_bytes() == before
 
 
-def test_the_picture_does_not_replace_the_features(folder):
-    out = folder / "out.nii.gz"
-    refused(2, "out.nii.gz", "features", "-i", folder / "ct.nii.gz", "-o", out, "--picture", out)
-    assert not out.exists()
+PAIR = "--fixed ct.nii.gz --moving other.nii.gz"
+ITSELF, TWICE = (1, "it is the input itself"), (2, "give each its own name")
+
+
+@pytest.mark.parametrize(
+    ("refusal", "call"),
+    [
+        (ITSELF, f"register {PAIR} --moving-labels mask.nii.gz --labels-out mask.nii.gz"),
+        (ITSELF, f"register {PAIR} --fixed-mask mask.nii.gz -o mask.nii.gz"),
+        (ITSELF, f"register {PAIR} --moving-mask mask.nii.gz --jacobian-out ../scans/mask.nii.gz"),
+        (TWICE, f"register {PAIR} -o new.nii.gz --jacobian-out ../scans/new.nii.gz"),
+        (ITSELF, "warp -i ct.nii.gz --fixed mask.nii.gz --transform t.nii.gz -o mask.nii.gz"),
+        (ITSELF, "warp -i ct.nii.gz --fixed mask.nii.gz --transform t.tfm --transform t.nii.gz -o t.nii.gz"),
+        (ITSELF, f"correspond {PAIR} --points points.csv -o points.csv"),
+        (ITSELF, f"correspond {PAIR} --point 0,0,0 --transform points.csv -o points.csv"),
+        (ITSELF, "features -i ct.nii.gz -o vector.npz --pool --mask vector.npz"),
+        (ITSELF, "segment -i ct.nii.gz -o mask.nii.gz --support other.nii.gz mask.nii.gz"),
+        (ITSELF, "segment -i ct.nii.gz -o mask.nii.gz --atlas mask.nii.gz other.nii.gz"),
+        (ITSELF, "segment -i ct.nii.gz -i other.nii.gz -o other.nii.gz"),
+        (TWICE, "segment -i ct.nii.gz -o link.nii --picture picture.png"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("overwrite", ["", " --overwrite"], ids=["plain", "overwrite"])
+def test_no_output_replaces_an_input_or_another_output(folder, monkeypatch, refusal, call, overwrite):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("gvsl_zoo.zoo.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    for name in ("other.nii.gz", "t.nii.gz", "t.tfm", "vector.npz"):
+        Path(name).write_bytes(b"precious")
+    Path("points.csv").write_text("x,y,z\n0,0,0\n")
+    Path("link.nii").symlink_to("picture.png")  # which is not there yet
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.exists()}
+    refused(*refusal, *(call + overwrite).split())
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.exists()} == before
+
+
+@pytest.mark.parametrize("command", ["features", "segment"])
+def test_a_picture_is_a_png(folder, command):
+    call = ("-i", folder / "ct.nii.gz", "-o", folder / "out.nii.gz", "--picture", folder / "picture.jpg")
+    refused(2, "the output 'picture.jpg' has no ending for this; end it in .png", command, *call)
+    assert names_in(folder) == ["ct.nii.gz", "mask.nii.gz"]
+
+
+def test_a_folder_that_may_not_be_written_to_is_refused_before_the_work(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("gvsl_zoo.zoo.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # to root nothing is read-only
+    call = "correspond --fixed ct.nii.gz --moving ct.nii.gz --point 0,0,0 -o matches.csv"
+    refused(1, "may not be written to; choose another folder", *call.split())
+
+
+def test_the_folder_of_heat_maps_is_made_when_the_model_is_there(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    call = "correspond --fixed ct.nii.gz --moving ct.nii.gz --point 0,0,0 --device cpu --heat"
+    refused(1, "unknown model", *f"{call} heat --model nothing".split())
+    assert not Path("heat").exists()
+    refused(1, "mask.nii.gz: File exists; check the path, permissions", *f"{call} mask.nii.gz".split())
 
 
 @pytest.mark.parametrize(
@@ -284,6 +340,38 @@ def test_an_unforeseen_error_is_one_line_that_names_debug(monkeypatch):
     monkeypatch.setattr("gvsl_zoo.registry.model_info", fail)
     refused(1, "unexpected ZeroDivisionError: boom; --debug shows where", "info", DEFAULT_MODEL)
     assert isinstance(run("--debug", "info", DEFAULT_MODEL).exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/data/out"),
+            "/data/out: Permission denied; check the path",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device; check the path"),
+        (MemoryError(), "not enough memory; crop the scan"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), "not enough memory; crop the scan"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"),
+            "not enough memory; crop the scan",
+        ),
+        (RuntimeError("shapes differ"), "unexpected RuntimeError: shapes differ; --debug shows where"),
+        (OSError("odd"), "unexpected OSError: odd; --debug shows where"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_errors_of_files_and_of_memory_say_what_to_do(monkeypatch, error, text):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr("gvsl_zoo.registry.model_info", fail)
+    refused(1, text, "info", DEFAULT_MODEL)
+
+
+def test_a_pair_is_a_change_and_more_numbers_are_sizes(capsys):
+    show({"ncc": (0.25, 0.5), "spacing_mm": (4.0, 4.0, 2.5)}, False)
+    assert capsys.readouterr().out.split("\n")[:2] == ["ncc         0.25 -> 0.5", "spacing_mm  4 x 4 x 2.5"]
 
 
 # --- help, version, processes ----------------------------------------------------------------------------------
@@ -683,6 +771,7 @@ BAD = [
     (1, "did you mean 'theirs'", "export theirz -o new.safetensors"),
     (1, "is planned: ", "export gvsl-xmorpher-ct -o new.safetensors"),
     (1, "theirs could not be had (Google Drive: ", "export theirs -o new.safetensors"),
+    (1, "the folder nowhere does not exist; make it first", f"export {DEFAULT_MODEL} -o nowhere/net.onnx"),
     (1, "there.safetensors exists already; choose another name, or", f"export {DEFAULT_MODEL} -o there.safetensors"),
     (1, "the folder none does not exist", f"export {DEFAULT_MODEL} -o none/new.safetensors"),
     (2, "is no folder and does not end in .safetensors", f"export {DEFAULT_MODEL} -o new.bin"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from click.testing import CliRunner
 from torch import nn
 
@@ -145,6 +146,18 @@ def test_any_module_of_dense_features_will_do(scan: Volume, points: np.ndarray) 
     module = nn.Sequential(nn.Conv3d(1, 8, 5, padding=2), nn.ReLU(), nn.Conv3d(8, 12, 5, padding=2))
     module.preprocessing = Preprocessing((VOXEL_MM,) * 3)  # type: ignore[assignment]
     assert hit(correspond(points, scan, scan, module.eval()), points)
+
+
+@pytest.mark.parametrize("slices", [1, 5, 8])  # a block has 4 an axis
+def test_a_scan_of_a_few_slices_is_matched(slices: int) -> None:
+    torch.manual_seed(0)
+    module = nn.Conv3d(1, 8, 5, padding=2).eval()
+    module.preprocessing = Preprocessing((VOXEL_MM,) * 3)  # type: ignore[assignment]
+    smooth = F.avg_pool3d(torch.randn(1, 1, 32, 32, slices + 4), 5, (1, 1, 1), (2, 2, 0))[0, 0]
+    thin = Volume((4000 * smooth).numpy().astype(np.int16), np.diag([VOXEL_MM, VOXEL_MM, VOXEL_MM, 1]))
+    points = VOXEL_MM * np.random.default_rng(0).uniform(2, 29, (20, 3))
+    points[:, 2] = VOXEL_MM * (slices - 1) / 2
+    assert hit(correspond(points, thin, thin, module), points, 0.25, 0.75)
 
 
 # ---- confidence, heat, order

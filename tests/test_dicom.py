@@ -19,6 +19,7 @@ STEP_MM = 2.0  # between slices; pixels are 0.5 x 0.75 mm (x, y)
 ORIGIN_MM = (-10.0, -20.0, 30.0)  # LPS, of the first pixel of the first slice
 UPRIGHT = (1, 0, 0, 0, 1, 0)  # ImageOrientationPatient: along a row, along a column
 TILTED = (1, 0, 0, 0, 0.866025, 0.5)
+SLOPE = b"\x28\x00\x53\x10\x02\x00\x00\x00"  # RescaleSlope, two letters, implicit VR
 
 
 @own_locale()
@@ -85,16 +86,16 @@ def test_a_voxel_lies_where_the_standard_says(tmp_path, hu, row, column):
     np.testing.assert_allclose(volume.spacing_mm, (0.5, 0.75, STEP_MM), rtol=1e-6)
 
 
-def test_the_numbers_stored_become_hu_by_each_slices_own_slope(tmp_path, hu):
+@pytest.mark.parametrize("slopes", [(".5", "2 ", "1 ", "3 ", "1 ", ".5"), ("1 ", ".5", "3 ", ".5", "40", "1 ")])
+def test_the_numbers_stored_become_hu_by_each_slices_own_slope(tmp_path, hu, slopes):
     write_series(tmp_path / "s", hu)
     first = (tmp_path / "s" / "s1_006.dcm").read_bytes()
     stored = np.frombuffer(first[-2 * hu[0].size :], "<i2").reshape(hu[0].shape)
     np.testing.assert_array_equal(stored, hu[0] + 1024)
-    for z, slope in enumerate((".5", "2 ", "1 ", "3 ", "1 ", ".5")):
+    for z, slope in enumerate(slopes):
         path = tmp_path / "s" / f"s1_{6 - z:03d}.dcm"
-        tag = b"\x28\x00\x53\x10\x02\x00\x00\x00"  # RescaleSlope, two letters, implicit VR
-        assert path.read_bytes().count(tag + b"1 ") == 1
-        path.write_bytes(path.read_bytes().replace(tag + b"1 ", tag + slope.encode()))
+        assert path.read_bytes().count(SLOPE + b"1 ") == 1
+        path.write_bytes(path.read_bytes().replace(SLOPE + b"1 ", SLOPE + slope.encode()))
         hu = hu.astype(np.float32)
         hu[z] = (hu[z] + 1024) * float(slope) - 1024
     np.testing.assert_allclose(read_volume(tmp_path / "s").data, hu.T, atol=1e-3)
@@ -208,6 +209,10 @@ def test_a_series_larger_than_the_memory_allowed_is_refused_before_it_is_read(tm
     write_series(tmp_path / "s", hu)
     with pytest.raises(VolumeError, match=r"6 slices take 4608 bytes, more than 1.86e-06 GiB; choose"):
         read_volume(tmp_path / "s", max_bytes=2000)
+    path = tmp_path / "s" / "s1_001.dcm"
+    path.write_bytes(path.read_bytes().replace(SLOPE + b"1 ", SLOPE + b".5"))
+    with pytest.raises(VolumeError, match="6 slices take 9216 bytes"):  # one of fractions makes all float64
+        read_volume(tmp_path / "s", max_bytes=5000)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

@@ -17,7 +17,9 @@ from gvsl_zoo.cli import main
 from gvsl_zoo.errors import ArgumentError, VolumeError
 from gvsl_zoo.ledger import ledger_of
 from gvsl_zoo.pretrain.anatomy import LABELS, sample_subject
+from gvsl_zoo.transfer.cases import read_cases
 from gvsl_zoo.transfer.evaluate import evaluate, lines, overlap
+from gvsl_zoo.transfer.statistics import mean_interval
 from gvsl_zoo.volume import Volume, write_volume
 
 AFFINE = np.diag([1.5, 2.0, 4.0, 1.0])
@@ -154,6 +156,25 @@ def test_of_a_data_set_its_test_cases_count_under_their_names(folders):
     assert [(s.case, s.label, s.overlap.dice) for s in evaluate(predicted, scans).scores] == [("c", "liver", 1.0)]
 
 
+def test_scans_of_one_subject_are_averaged_before_the_interval_where_the_data_set_knows_subjects(folders):
+    truth = folders / "truth"
+    write(folders / "predicted", "c", cube([4, 2, 2]))
+    rows = [f"truth/{name}.nii.gz,truth/{name}.nii.gz,{name},{'other' if name == 'c' else 'one'}" for name in "abc"]
+    (folders / "cases.csv").write_text("\n".join(["image,label,case,subject", *rows]))
+    found, unknown = (
+        evaluate(folders / "predicted", references, labels={"one": 1, "two": 2})
+        for references in (read_cases(folders / "cases.csv", labels={"one": 1, "two": 2}), truth)
+    )
+    values = {(score.case, score.label): score.overlap.dice for score in found.scores}
+    of_subjects = [(values["a", "two"] + values["b", "two"]) / 2, values["c", "two"]]
+    assert found.summary["labels"]["two"]["dice"] == mean_interval(of_subjects, (0, 1))._asdict()
+    of_cases = [(values[case, "one"] + values[case, "two"]) / 2 for case in "abc"]
+    of_subjects = [(of_cases[0] + of_cases[1]) / 2, of_cases[2]]
+    assert found.summary["mean over labels"]["dice"] == pytest.approx(mean_interval(of_subjects, (0, 1))._asdict())
+    assert (found.summary["cases"], found.summary["subjects"]) == (3, 2)
+    assert unknown.summary["mean over labels"]["dice"] == pytest.approx(mean_interval(of_cases, (0, 1))._asdict())
+
+
 def test_a_prediction_on_another_grid_is_refused_by_the_name_of_its_case(folders):
     moved = AFFINE.copy()
     moved[0, 3] = 1.0
@@ -283,6 +304,23 @@ def test_auc_is_the_share_of_pairs_in_order_ties_counting_half(tmp_path):
     for name in ("healthy", "ill"):
         assert found.summary["labels"][name]["auc"]["mean"] == pytest.approx(above + equal / 2)
     assert found.summary["accuracy"]["mean"] == pytest.approx(((scores > 0.5) == ill).mean())
+
+
+def test_of_a_table_of_scans_and_classes_the_test_cases_count_under_whatever_columns(tmp_path):
+    for name in "ab":
+        write(tmp_path, name, cube([2, 2, 2]))
+    rows = "c0,a.nii.gz,healthy,train\nc1,b.nii.gz,ill,test\n"
+    predictions, references = tables(tmp_path, [0.9, 0.8], ["healthy", "ill"])
+    references.write_text("case,image,label,split\n" + rows)
+    found = evaluate(predictions, references, task="classification")
+    assert list(found.probabilities) == ["c1"] and found.summary["accuracy"]["mean"] == 1
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["predictions", "references"])
+def test_a_mark_at_the_beginning_of_a_table_is_no_part_of_its_first_column(tmp_path, which):
+    files = tables(tmp_path, [0.2, 0.7], ["healthy", "ill"])
+    files[which].write_text(files[which].read_text(), encoding="utf-8-sig")
+    assert evaluate(*files, task="classification").summary["accuracy"]["mean"] == 1
 
 
 def test_a_class_without_a_case_has_no_auc(tmp_path):

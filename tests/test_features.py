@@ -133,6 +133,17 @@ def test_the_pooled_bottleneck_is_its_plain_mean_when_the_whole_scan_counts() ->
     np.testing.assert_allclose(pooled.bottleneck, bottleneck.flatten(1).mean(1).numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_model_of_another_type_gives_the_features_of_its_numbers_in_float32(dtype: torch.dtype) -> None:
+    scan, model = phantom((8, 9, 10)), ready(unet().to(dtype))
+    dense, pooled = features(scan, model).data, pooled_features(scan, model)
+    assert model.inc.double_conv[0].weight.dtype == dtype
+    model.float()
+    np.testing.assert_array_equal(dense, features(scan, model).data)
+    for found, expected in zip(pooled, pooled_features(scan, model), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_body_pooling_leaves_the_air_out() -> None:
     scan, model = phantom(), ready(unet())
     ball = Volume((scan.data > -900).astype(np.uint8), RAS)
@@ -155,6 +166,7 @@ def test_a_mask_on_another_grid_or_without_a_voxel_is_refused() -> None:
 def test_a_model_keeps_its_mode() -> None:
     model = ready(unet()).train()
     features(phantom((8, 8, 8)), model)
+    pooled_features(phantom((8, 8, 8)), model)
     assert all(module.training for module in model.modules())
 
 

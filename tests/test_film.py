@@ -17,7 +17,7 @@ from gvsl_zoo.film import FilmPreprocessing, prepare_film, read_film, read_pixel
 from gvsl_zoo.models.heads import SegmentationModel
 from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.registry import Label, model_info
-from gvsl_zoo.volume import own_locale
+from gvsl_zoo.volume import InputWarning, own_locale
 
 
 @pytest.fixture
@@ -84,6 +84,20 @@ def test_a_film_of_more_bits_than_the_window_is_mapped_from_its_extremes(pixels)
     wide = pixels.astype(np.uint16) * 100
     image = prepare_film(Volume(wide.T[:, :, None], np.eye(4)), FilmPreprocessing()).image
     assert image.min() == 0 and image.max() == 1
+
+
+def test_a_film_that_is_scaled_already_is_warned_about(pixels):
+    scaled = Volume((pixels / 255).T[:, :, None], np.eye(4))
+    with pytest.warns(
+        InputWarning, match="expected values up to 255, but values span 0 to 1: already scaled"
+    ) as caught:
+        prepared = prepare_film(scaled, FilmPreprocessing())
+    assert prepared.warnings == (str(caught[0].message),)
+    for film, recipe in (
+        (scaled, FilmPreprocessing(window=(0, 1))),
+        (replace(scaled, data=pixels.T[:, :, None]), None),
+    ):
+        assert prepare_film(film, recipe or FilmPreprocessing()).warnings == ()
 
 
 @pytest.mark.parametrize("size", [(20, 28), (80, 56), (33, 17)], ids=str)

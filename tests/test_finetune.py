@@ -234,6 +234,50 @@ def test_a_film_keeps_its_pixels_and_is_resized_to_the_models_size(films, film_m
     assert examples_of(classified, tmp_path, **changed)[0].image.shape == (1, 12, 16)
 
 
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_a_film_is_what_the_loaded_model_makes_of_it_whatever_its_bits(film_model, tmp_path, bits):
+    pixels = np.random.default_rng(0).integers(2 ** (bits - 3), 2**bits, (24, 32))
+    Image.fromarray(pixels.astype(np.uint8 if bits == 8 else np.uint16)).save(tmp_path / "a.png")
+    (tmp_path / "data.csv").write_text("image,label,case\na.png,0,a\na.png,1,b\n")
+    cases = read_cases(tmp_path / "data.csv", task="classification")
+    changed = {"model": film_model, "spacing_mm": None, "task": "classification", "crop": (12, 16)}
+    example = examples_of(cases, tmp_path, **changed)[0]
+    model = train(cases, tmp_path / "run", 1, validation=0.0, **changed)
+    assert torch.equal(example.image[None], model.preprocess(tmp_path / "a.png"))
+    assert example.image.std() > 0.05 and not example.doubts
+
+
+def test_each_channel_of_a_film_is_scaled_from_its_own_extremes_as_in_use(film_model, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 200, (24, 32)).astype(np.uint8)
+    for name, divisor in (("a", 1), ("b", 4)):
+        Image.fromarray(pixels // divisor).save(tmp_path / f"{name}.png")
+    (tmp_path / "data.csv").write_text("image,label,case\na.png;b.png,0,x\nb.png;a.png,1,y\n")
+    cases = read_cases(tmp_path / "data.csv", task="classification")
+    changed = {"model": film_model, "spacing_mm": None, "task": "classification", "unit": "arbitrary", "crop": (24, 32)}
+    example = examples_of(cases, tmp_path, **changed)[0]
+    assert example.image.shape[0] == 2
+    assert example.image.amin((1, 2)).tolist() == [0, 0] and example.image.amax((1, 2)).tolist() == [1, 1]
+
+
+def test_a_film_in_a_nifti_file_is_turned_with_its_labels(film_model, tmp_path):
+    mask = np.zeros((24, 32), np.uint8)
+    mask[2:9, 3:20] = 1
+    for folder, array in (("images", mask * 200), ("labels", mask)):
+        (tmp_path / folder).mkdir()
+        nib.Nifti1Image(array[:, :, None], np.diag([-1.0, 1.0, 1.0, 1.0])).to_filename(tmp_path / folder / "a.nii")
+    config = {"model": film_model, "spacing_mm": None}
+    [example] = examples_of(read_cases(tmp_path), tmp_path, **config)
+    assert torch.equal(example.image[0] > 0.5, example.target == 1) and example.target.sum() == mask.sum()
+
+
+def test_an_empty_film_is_doubted(film_model, tmp_path):
+    Image.fromarray(np.full((24, 32), 7, np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "data.csv").write_text("image,label,case\na.png,0,a\na.png,1,b\n")
+    cases = read_cases(tmp_path / "data.csv", task="classification")
+    with pytest.warns(InputWarning, match="2 of 2 scans .*, so a: every voxel is 7: an empty image$"):
+        examples_of(cases, tmp_path, model=film_model, spacing_mm=None, task="classification")
+
+
 def test_prepared_scans_are_not_read_again(scans, tmp_path, monkeypatch):
     cases, cache = lungs(scans), {}
     given = input_of(settings(), load(NANO).entry)
@@ -559,6 +603,23 @@ def test_a_run_goes_on_only_with_its_own_settings_and_cases(scans, tmp_path):
         train(read_cases(scans, labels={"lung": LUNGS["left lung"]}), tmp_path, 1)
 
 
+def test_a_run_whose_label_files_have_changed_is_not_gone_on_with(scans, tmp_path):
+    for name in ("images", "labels"):
+        for path in (scans / name).iterdir():
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / path.name).write_bytes(path.read_bytes())
+    train(lungs(tmp_path), tmp_path / "run", 1)
+    cases = json.loads((tmp_path / "run/cases.json").read_text())
+    (tmp_path / "labels" / f"{cases['train'][0]}.nii.gz").write_bytes(
+        (tmp_path / "labels" / f"{cases['val'][0]}.nii.gz").read_bytes()
+    )
+    with pytest.raises(ArgumentError, match=r"images or labels have changed since the run in .* began"):
+        train(lungs(tmp_path), tmp_path / "run", 1)
+    del cases["files"]  # as in a run of before
+    (tmp_path / "run/cases.json").write_text(json.dumps(cases))
+    train(lungs(tmp_path), tmp_path / "run", 1)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(scans, tmp_path, monkeypatch):
     original, left = Supervised.forward, iter(range(2))
 
@@ -733,6 +794,13 @@ def test_a_label_that_no_training_case_holds_is_refused(scans, tmp_path):
     with pytest.raises(ArgumentError, match="none of 3 training cases holds unicorn on the model's grid"):
         train(cases, tmp_path / "run")
     assert not (tmp_path / "run").exists()  # so that the next call starts anew
+
+
+def test_a_class_of_no_training_case_is_refused_without_a_word_about_grids(classes, tmp_path):
+    cases = read_cases(classes, task="classification")
+    with pytest.raises(ArgumentError, match=r"none of 1 training cases is of the class (odd|even); train") as told:
+        train(cases, tmp_path / "run", task="classification", subjects=1)
+    assert "grid" not in str(told.value)
 
 
 def test_settings_come_from_names_and_from_text():

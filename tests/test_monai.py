@@ -11,11 +11,12 @@ from torch import nn
 
 from gvsl_zoo import load, read_volume, write_volume
 from gvsl_zoo.demo import as_volume
-from gvsl_zoo.errors import ArgumentError
+from gvsl_zoo.errors import ArgumentError, VolumeError
 from gvsl_zoo.integrations.monai import ForMonai, image_transforms, scaled, turned
 from gvsl_zoo.models.unet import UNet
+from gvsl_zoo.models.xmorpher import XMorpher
 from gvsl_zoo.pretrain.anatomy import sample_subject
-from gvsl_zoo.volume import Preprocessing, Volume, prepare
+from gvsl_zoo.volume import InputWarning, Preprocessing, Volume, prepare
 
 pytest.importorskip("monai")
 NAME = "gvsl-unet-ct-nano"
@@ -96,6 +97,18 @@ def test_images_are_turned_as_volumes_are():
         assert torch.equal(turned(ForMonai(net)(x)), net(turned(x)))
 
 
+def test_an_xmorpher_trains_on_monai_s_own_tensors_as_on_plain_ones():
+    from monai.data import MetaTensor
+
+    x, gradients = torch.rand(2, 1, 12, 9, 8), []
+    for image in (x, MetaTensor(x)):
+        net = XMorpher(3, 16, generator=torch.Generator().manual_seed(0)).train()
+        torch.manual_seed(0)  # which paths are dropped
+        ForMonai(net)(image).square().mean().backward()
+        gradients.append([p.grad.as_subclass(torch.Tensor) for p in net.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
 @pytest.mark.parametrize("unit", ["HU", "arbitrary"])
 @pytest.mark.parametrize("window", [(-100.0, 300.0), (None, None), (0.0, None)])
 def test_intensities_are_scaled_as_the_model_s_own_way_in_scales_them(unit, window):
@@ -107,6 +120,27 @@ def test_intensities_are_scaled_as_the_model_s_own_way_in_scales_them(unit, wind
     image = torch.from_numpy(np.ascontiguousarray(volume.data.transpose(2, 1, 0))).float()
     torch.testing.assert_close(scaled(image, recipe), expected, rtol=1e-5, atol=1e-5)
     assert scaled(torch.full((2, 2), 50.0), recipe).isfinite().all()
+
+
+@pytest.mark.parametrize("window", [(-1024.0, 1024.0), (None, None)])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_voxels_without_a_finite_value_are_filled_as_the_model_s_own_way_in_fills_them(window, value):
+    from monai.data import MetaTensor
+
+    recipe = Preprocessing(unit="arbitrary", window=window, scale=(0.0, 1.0))
+    data = np.random.default_rng(0).uniform(50, 500, (4, 5, 6)).astype(np.float32)
+    data[0, 1, 2] = value
+    image = torch.from_numpy(np.ascontiguousarray(data.transpose(2, 1, 0)))[None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = prepare(Volume(data, np.eye(4)), recipe).image[0]
+    for given in (image, MetaTensor(image)):
+        with pytest.warns(InputWarning, match="1 of 120 voxels were NaN or infinite and are now the smallest value"):
+            found = scaled(given, recipe)
+        assert type(found) is type(given)
+        torch.testing.assert_close(torch.as_tensor(found).as_subclass(torch.Tensor), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(VolumeError, match="no voxel has a finite value"):
+        scaled(torch.full((1, 2, 2, 2), value), recipe)
 
 
 def test_windows_of_monai_give_what_the_whole_image_gives_where_one_window_holds_it(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -140,6 +141,16 @@ def test_an_xmorpher_of_images_is_exported_for_one_shape(tmp_path):
     model.entry = load(NAME).entry
     path = export_onnx(model, tmp_path / "net.onnx", shape=(37, 50))
     assert_same(path, model, next(images(1, 1, 37, 50)))
+
+
+@pytest.mark.slow
+def test_the_file_is_in_evaluation_mode_and_float32_whatever_the_model_stands_in(tmp_path):
+    pytest.importorskip("onnxscript")
+    model = XMorpher(2, 16, generator=torch.Generator().manual_seed(0)).half().train()
+    model.entry = load(NAME).entry
+    path = export_onnx(model, tmp_path / "net.onnx", shape=(16, 20))
+    assert_same(path, copy.deepcopy(model).float().eval(), next(images(1, 1, 16, 20)))
+    assert model.training and next(model.parameters()).dtype == torch.float16
 
 
 @pytest.mark.slow

@@ -11,8 +11,11 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -625,6 +628,26 @@ def test_a_worker_that_dies_is_an_error_that_names_the_files_and_not_a_hang(tmp_
     monkeypatch.setattr(room, "_prepare_alone", die)
     with pytest.raises(VolumeError, match=r"a worker process died while at '.*nii.*'; out of memory\?"):
         prepare_store(scans, tmp_path / "s", workers=2)
+
+
+def test_a_worker_of_a_cluster_that_dies_is_an_error_that_names_its_file(tmp_path, scans, monkeypatch):
+    distributed = pytest.importorskip("distributed", reason="needs gvsl-zoo[cluster]")
+
+    def killed(job):
+        if job.path == "b.nii.gz":
+            raise distributed.KilledWorker("task", None, 3)  # as dask's future tells it
+        return original(job)
+
+    original = room._prepare_alone
+    client = SimpleNamespace(nthreads=dict, get_executor=lambda pure: ThreadPoolExecutor(1))
+    monkeypatch.setattr(room, "connect", lambda _: nullcontext(client))
+    monkeypatch.setattr(room, "_prepare_alone", killed)
+    with pytest.raises(
+        VolumeError, match=r"a worker process died while at 'b.nii.gz'; out of memory\? .* goes on where"
+    ):
+        prepare_store(scans, tmp_path / "s", cluster="tcp://127.0.0.1:1")
+    monkeypatch.setattr(room, "_prepare_alone", original)
+    assert prepare_store(scans, tmp_path / "s", cluster="tcp://127.0.0.1:1").volumes == 5
 
 
 DIES_AFTER_THE_FIRST = """

@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -20,14 +21,15 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gvsl_zoo import load
+from gvsl_zoo import load, recipes
 from gvsl_zoo.cli import main
-from gvsl_zoo.errors import ArgumentError, TrainingError
+from gvsl_zoo.errors import ArgumentError, TrainingError, VolumeError
 from gvsl_zoo.losses import local_ncc_loss, restoration_loss
 from gvsl_zoo.models.gemini import GEMINI
 from gvsl_zoo.models.gvsl import GVSL
 from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.pretrain import learner, loop
+from gvsl_zoo.pretrain import run as folder_of_a_run
 from gvsl_zoo.pretrain.anatomy import sample_film, sample_subject, true_displacement
 from gvsl_zoo.pretrain.config import PRESETS, PretrainConfig, settings_of
 from gvsl_zoo.pretrain.data import (
@@ -42,6 +44,7 @@ from gvsl_zoo.pretrain.data import (
     open_data,
     seeded,
 )
+from gvsl_zoo.pretrain.estimate import estimate
 from gvsl_zoo.pretrain.objective import (
     Batch,
     GeminiMatching,
@@ -58,12 +61,15 @@ from gvsl_zoo.pretrain.run import Run, State
 from gvsl_zoo.pretrain.store import Store
 from gvsl_zoo.pretrain.validate import organ_dice, organs_of, psnr, validate
 from gvsl_zoo.spatial import identity_grid
+from gvsl_zoo.transfer import cases, finetune
+from gvsl_zoo.transfer.config import FinetuneConfig
 
 pytest.importorskip("accelerate")
 CROP = (16, 16, 16)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TERMS = ("ncc", "smoothness", "restoration")
 TINY = {"affine_width": 8, "crop": CROP, "spacing_mm": 12.0, "save_every": 2, "warmup_steps": 2, "bf16": False}
+TINY["ramp_steps"] = 3000  # so that a step is the same in runs of any length
 KNOWN = {"displacement": 0.1, "affine": 0.1, "contrast": 0.1}
 
 
@@ -265,6 +271,26 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, uninterrupted, d
     assert same(again.state_dict(), uninterrupted[0])
 
 
+def test_damaged_checkpoints_that_were_passed_over_make_way_for_good_ones(tmp_path, monkeypatch):
+    train(tmp_path, 6)
+    assert steps_saved(tmp_path) == [4, 6]
+    for path in (tmp_path / "checkpoints").glob("*/model.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    interrupt_after(monkeypatch, 3, KeyboardInterrupt("power cut"))
+    with pytest.warns(UserWarning, match="is passed over"), pytest.raises(KeyboardInterrupt, match="power cut"):
+        train(tmp_path, 6)
+    assert steps_saved(tmp_path) == [2] and Run(tmp_path, settings(6)).latest().step == 2
+
+
+@pytest.mark.parametrize("call", [lambda run: run.log({"step": 1}), lambda run: run.truncate_log(0)])
+def test_a_log_that_cannot_be_written_is_named(tmp_path, call):
+    (tmp_path / "log.jsonl").mkdir()  # as good as a full disk
+    with pytest.raises(
+        TrainingError, match=r"the log cannot be written to .*: Is a directory; free space; the run goes"
+    ):
+        call(Run(tmp_path, settings()))
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
     train(tmp_path, 2)
     interrupt_after(monkeypatch, 0, AssertionError("it trained"))
@@ -285,6 +311,24 @@ def test_a_run_goes_on_only_with_as_many_pairs_a_step(tmp_path):  # T15
     state.write_text(state.read_text().replace('"pairs_a_step": 1', '"pairs_a_step": 2'))
     with pytest.raises(ArgumentError, match="took 2 pairs a step, these processes take 1"):
         train(tmp_path, 2)
+
+
+def test_a_run_goes_on_with_as_many_pairs_a_step_dealt_otherwise_and_says_so(tmp_path, monkeypatch):
+    train(tmp_path / "whole", batch_size=2)
+    folder = tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3, KeyboardInterrupt("power cut"))
+        with pytest.raises(KeyboardInterrupt, match="power cut"):
+            train(folder, batch_size=2)
+    with pytest.raises(ArgumentError, match="took 2 pairs a step, these processes take 3"):
+        train(folder, batch_size=3)
+    assert json.loads((folder / "config.json").read_text())["batch_size"] == 2
+    train(folder, batch_size=1, accumulate=2)
+    for ours, theirs in zip(records(folder), records(tmp_path / "whole"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
+    now = json.loads((folder / "config.json").read_text())
+    assert (now["batch_size"], now["accumulate"]) == (1, 2)
+    assert "batch_size 1, accumulate 2" in load(folder).entry.training.recipe
 
 
 def test_a_checkpoint_of_a_later_version_is_refused(tmp_path):  # T19
@@ -384,7 +428,7 @@ def test_numbers_that_are_read_a_step_behind_are_those_of_their_step(tmp_path, m
 def test_a_run_may_start_from_weights_that_exist(tmp_path):
     start = GVSL(UNet(3, 8), affine_width=8)
     untouched = {name: tensor.clone() for name, tensor in start.state_dict().items()}
-    loop.pretrain(settings(1, learning_rate=0.0), tmp_path, device="cpu", init=start)
+    loop.pretrain(settings(1, learning_rate=0), tmp_path, device="cpu", init=start)
     assert same(load(tmp_path, task="pretraining").state_dict(), untouched)
     with pytest.raises(ArgumentError, match="other tensors than a run of width 8, affine_width 8"):
         loop.pretrain(settings(1), tmp_path / "wide", device="cpu", init=GVSL(UNet(3, 16)))
@@ -398,6 +442,11 @@ def test_a_run_may_start_from_weights_that_exist(tmp_path):
         ({"crop": (8, 16, 16)}, r"crop \(8, 16, 16\)"),
         ({"batch_size": 0}, "a count below 1"),
         ({"ema": 1.0}, "ema 1.0"),
+        ({"learning_rate": -1.0}, r"learning_rate -1\.0"),
+        ({"learning_rate": float("nan")}, "learning_rate nan"),
+        ({"clip_norm": 0.0}, r"clip_norm 0\.0"),
+        ({"spacing_mm": 0.0}, r"spacing_mm 0\.0"),
+        ({"ramp_steps": -1}, "ramp_steps -1"),
         ({"synthetic_share": 2.0}, "synthetic_share 2.0"),
         ({"apart": -0.1}, "apart -0.1"),
         ({"views": 1.5}, "views 1.5"),
@@ -420,6 +469,58 @@ def test_presets_are_settings(name):
     assert PretrainConfig.from_dict(json.loads(json.dumps(config.__dict__))) == config
     with pytest.raises(ArgumentError, match="unknown settings depth"):
         PretrainConfig.from_dict({"steps": 1, "depth": 5})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "wanted"),
+    [
+        (PretrainConfig, "bf16", "no", "true or false"),
+        (PretrainConfig, "checkpointing", 1, "true or false"),
+        (PretrainConfig, "batch_size", 1.5, "a whole number"),
+        (PretrainConfig, "batch_size", True, "a whole number"),
+        (PretrainConfig, "affine_width", 48.0, "a whole number or null"),
+        (PretrainConfig, "learning_rate", "1/1000", "a number"),
+        (PretrainConfig, "learning_rate", None, "a number"),
+        (PretrainConfig, "ncc", True, "a number"),
+        (PretrainConfig, "backbone", "resnet", "unet or xmorpher"),
+        (PretrainConfig, "unit", "mm", "HU or arbitrary or grey or null"),
+        (PretrainConfig, "crop", [16, 16, 16.5], "a list of whole numbers"),
+        (PretrainConfig, "crop", [], "a list of whole numbers"),
+        (FinetuneConfig, "model", 1, "text"),
+        (FinetuneConfig, "crop", "large", "a whole number or a list of whole numbers or null"),
+        (FinetuneConfig, "spacing_mm", [1, "2", 3], "a number or a list of numbers or null"),
+        (FinetuneConfig, "seed", "x", "a whole number"),
+    ],
+    ids=str,
+)
+def test_a_setting_of_another_type_than_its_own_is_refused(kind, name, value, wanted):
+    with pytest.raises(ArgumentError, match=rf"^{name} .* in the settings of a run; give {wanted}$"):
+        kind.from_dict({"steps": 1, name: value})
+
+
+def test_settings_of_their_own_types_are_taken():
+    values = {
+        "spacing_mm": [1, 2.5, 3],
+        "crop": [8, 16, 24],
+        "learning_rate": None,
+        "layer_decay": 1,
+        "task": "segmentation",
+    }
+    assert FinetuneConfig.from_dict({"steps": 1} | values).spacing_mm == (1, 2.5, 3)
+    assert FinetuneConfig.from_dict({"steps": 1, "spacing_mm": 2, "crop": 32}).crop == 32
+    assert PretrainConfig.from_dict({"steps": 1, "affine_width": None, "ema": 0}).affine_width is None
+
+
+def test_numbers_are_read_as_json_and_as_python_write_them():
+    texts = ("learning_rate=.001", "clip_norm=+5.", "ncc=1E-3", "batch_size=2", "bf16=False", "affine_width=null")
+    config = settings_of("nano", 1, {}, texts)
+    assert (config.learning_rate, config.clip_norm, config.ncc) == (0.001, 5.0, 0.001)
+    assert (config.batch_size, config.bf16, config.affine_width) == (2, False, None)
+
+
+def test_the_ramp_is_a_quarter_of_the_run_and_at_most_3000_steps_unless_told_otherwise():
+    assert [PretrainConfig(steps).steps_of_ramp for steps in (3, 1000, 12_000, 200_000)] == [0, 250, 3000, 3000]
+    assert [PretrainConfig(1000, ramp_steps=steps).steps_of_ramp for steps in (0, 5000)] == [0, 5000]
 
 
 def test_a_preset_becomes_one_for_films_unless_it_is():
@@ -646,6 +747,33 @@ def test_a_launcher_that_shards_the_model_is_refused(tmp_path, monkeypatch):
         train(tmp_path)
 
 
+def test_the_settings_of_a_launcher_change_nothing(tmp_path, monkeypatch, uninterrupted):
+    state = pytest.importorskip("accelerate.state").AcceleratorState
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    state._reset_state()  # else it remembers the precision of the tests before
+    try:
+        train(tmp_path, 1, ema=0.9)
+    finally:
+        state._reset_state()
+    for name in ("loss", "gradient"):
+        assert records(tmp_path)[0][name] == uninterrupted[1][0][name]
+
+
+class Broken:
+    """Scans that cannot be read."""
+
+    def draw(self, generator):
+        raise VolumeError("the store 'x' is damaged", "mend it")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_drawing_a_pair_arrives_as_it_is_with_its_cause_and_remedy(tmp_path, workers):
+    with pytest.raises(VolumeError, match=r"^the store 'x' is damaged; mend it$") as caught:
+        loop.pretrain(settings(synthetic_share=0.0), tmp_path, Broken(), device="cpu", workers=workers)
+    assert (caught.value.cause, caught.value.remedy) == ("the store 'x' is damaged", "mend it")
+
+
 @pytest.mark.slow
 def test_whenever_a_run_is_killed_its_last_checkpoint_loads(tmp_path):
     folder, settled = tmp_path / "run", PretrainConfig.from_dict(json.loads(values(5000, save_every=1)))
@@ -728,6 +856,11 @@ def test_the_synthetic_share_decides_where_pairs_come_from(share, real):
     config = settings(synthetic_share=share, ramp_steps=0)
     pairs = Pairs(config, ScanPairs(scans("chest", "chest"), CROP), 1)
     assert {pairs[k].known for k in range(5)} == {not real}
+
+
+def test_without_a_synthetic_share_every_pair_is_of_scans_from_the_first_step_on():
+    pairs = Pairs(settings(synthetic_share=0.0), ScanPairs(scans("chest", "chest"), CROP), 1)
+    assert not any(pairs[k].known for k in range(5))
 
 
 def test_views_of_a_scan_come_in_the_share_of_scans_asked_for():
@@ -1145,6 +1278,32 @@ def test_a_run_on_a_store_goes_on_bit_for_bit(store, tmp_path, monkeypatch):
     assert same(run("cut"), whole)
 
 
+def test_a_run_goes_on_only_with_the_data_that_it_learned_from(store, tmp_path):
+    folder, own = tmp_path / "run", StorePairs(store, CROP, 12.0)
+    put_scans(tmp_path / "more", ["one", "two"])
+    prepare_store(tmp_path / "more", tmp_path / "other", spacing_mm=12.0)
+    other = StorePairs(Store(tmp_path / "other"), CROP, 12.0)
+    refused = pytest.raises(ArgumentError, match=r"learned from other data; give the same --data; .* with --init RUN")
+
+    def run(real, folder=folder):
+        return loop.pretrain(settings(1), folder, real, device="cpu")
+
+    run(own)
+    for real in (None, other):
+        with refused:
+            run(real)
+    run(StorePairs(Store(store.path), CROP, 12.0))
+    run(ScanPairs(scans("a", "a"), CROP))  # of which nothing tells what they are
+    state = folder / "checkpoints" / "00000001" / "state.json"
+    facts = json.loads(state.read_text())
+    assert facts.pop("data") == store.fingerprint
+    state.write_text(json.dumps(facts))  # as an earlier version wrote it
+    run(other)
+    run(None, tmp_path / "synthetic")
+    with refused:
+        run(own, tmp_path / "synthetic")
+
+
 # --- Films ---------------------------------------------------------------------------------------------------------
 
 FLAT = {"ndim": 2, "crop": (32, 32), "spacing_mm": 12.0}
@@ -1244,6 +1403,45 @@ def test_a_dry_run_estimates_and_writes_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_takes_its_steps_as_they_are_after_the_ramp():
+    drawn = []
+
+    class Noted(ScanPairs):
+        def draw(self, generator):
+            drawn.append(generator)
+            return super().draw(generator)
+
+    config = settings(synthetic_share=0.01, batch_size=2)
+    estimate(config, Noted(scans("a", "a"), CROP), "cpu", 0)
+    assert len(drawn) == 3 * config.batch_size
+
+
+def test_a_dry_run_of_several_processes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = command("--out", tmp_path / "run", "--steps", 1, "--dry-run", *SMALL)
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr == "error: a dry run of 2 processes; run it with one, without torchrun\n"
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune", "reproduce"])
+def test_facts_are_printed_by_the_first_process_alone(name, tmp_path, monkeypatch):
+    outcome = SimpleNamespace(reached=True, lines=lambda: ["a table"], to_dict=dict)
+    for module, function, answer in (
+        *((loop, "pretrain", None), (finetune, "finetune", None), (cases, "read_cases", None)),
+        *((finetune, "best_record", {}), (folder_of_a_run, "finished", {"run": "x"}), (recipes, "train", None)),
+        (recipes, "reproduce", outcome),
+    ):
+        monkeypatch.setattr(module, function, lambda *_, answer=answer, **__: answer)
+    needed = {"pretrain": ["--steps", 1], "finetune": ["--steps", 1, "--data", tmp_path]}
+    calls = [[name, *needed.get(name, ["gvsl-unet-ct-nano"]), "--out", tmp_path / "run"]]
+    calls += [[*calls[0], "--steps", 1]] * (name == "reproduce")
+    for arguments in [[*call, *more] for call in calls for more in ([], ["--json"])]:
+        for rank in (0, 1):
+            monkeypatch.setenv("RANK", str(rank))
+            result = CliRunner().invoke(main, list(map(str, arguments)))
+            assert result.exit_code == 0 and bool(result.stdout) == (rank == 0), (arguments, result.output)
+
+
 @pytest.mark.parametrize(
     ("args", "match"),
     [
@@ -1251,7 +1449,10 @@ def test_a_dry_run_estimates_and_writes_nothing(tmp_path, monkeypatch):
         (["--objective", "magic"], "objective 'magic'"),
         (["--set", "depth=5"], "unknown settings depth"),
         (["--set", "ncc"], "'ncc' is no setting; write name=value"),
-        (["--set", "ema=high"], "settings of the wrong kind"),
+        (["--set", "ema=high"], "ema 'high' in the settings of a run; give a number"),
+        (["--set", "checkpointing=off"], "checkpointing 'off' in the settings of a run; give true or false"),
+        (["--set", "ndim=both"], "ndim 'both' in the settings of a run; give a whole number"),
+        (["--set", "learning_rate=-1"], "learning_rate -1 in the settings of a run"),
         (["--init", "gvsl-unet-ct-nano"], "other tensors than a run of width 8, affine_width 8"),
         (["--device", "tpu"], "device 'tpu' for a run"),
     ],
@@ -1261,3 +1462,4 @@ def test_a_call_that_cannot_train_says_why_in_a_line(tmp_path, args, match):
     result = command("--out", tmp_path / "run", "--steps", 1, *SMALL, *args)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.exit_code in (1, 2) and len(errors) == 1 and match in errors[0], result.output
+    assert not (tmp_path / "run").exists()

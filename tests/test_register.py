@@ -18,11 +18,15 @@ from gvsl_zoo.cli import main
 from gvsl_zoo.errors import ArgumentError, VolumeError
 from gvsl_zoo.inference.atlas import segment_by_atlas
 from gvsl_zoo.inference.refine import Images, exponential, fit, fit_affine
-from gvsl_zoo.inference.register import lay_over, register
+from gvsl_zoo.inference.register import MAX_VOXELS, _spacing, lay_over, match, register
+from gvsl_zoo.models.gemini import GEMINI
+from gvsl_zoo.models.gvsl import GVSL
+from gvsl_zoo.models.unet import UNet
+from gvsl_zoo.models.xmorpher import XMorpher
 from gvsl_zoo.pretrain.anatomy import LABELS, sample_subject
 from gvsl_zoo.spatial import affine_coordinates, identity_grid, jacobian_determinant, sample
 from gvsl_zoo.transforms import LPS, Displacement, Grid, warp_volume, write_transform
-from gvsl_zoo.volume import prepare
+from gvsl_zoo.volume import Preprocessing, prepare
 
 MM = 4.0
 SHAPE = (64, 64, 64)
@@ -87,6 +91,16 @@ def test_the_affine_of_an_affine_displacement_is_found_again(generator):
     torch.testing.assert_close(fit_affine(displacement, torch.ones(1, 1, 9, 10, 11)), affine, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_affine_of_a_displacement_of_one_slice_leaves_the_axis_across_it(generator, axis):
+    shape = [9, 10, 11]
+    shape[axis] = 1
+    affine = torch.eye(3, 4)[None] + 0.1 * torch.randn(1, 3, 4, generator=generator)
+    affine[..., axis] = torch.eye(3)[axis]
+    displacement = affine_coordinates(affine, torch.Size(shape)) - identity_grid(torch.Size(shape), affine)
+    torch.testing.assert_close(fit_affine(displacement, torch.ones(1, 1, *shape)), affine, atol=1e-5, rtol=0)
+
+
 def test_a_fit_that_is_no_better_than_its_start_gives_the_start():
     image = torch.rand(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     ones, start = torch.ones_like(image), torch.zeros(1, 3, 16, 16, 16)
@@ -95,6 +109,39 @@ def test_a_fit_that_is_no_better_than_its_start_gives_the_start():
 
 
 # --- Registration --------------------------------------------------------------------------------------------------
+
+
+def test_the_grid_that_is_matched_on_has_the_scans_axes_and_size_however_it_is_turned():
+    own, generator = np.array([1.2, 1.5, 8.0]), np.random.default_rng(0)
+    for _ in range(100):  # of every tenth turn, two axes are nearest to one of the world's
+        affine = np.eye(4)
+        affine[:3, :3] = np.linalg.qr(generator.normal(size=(3, 3))).Q * own
+        small = Volume(np.arange(60, dtype=np.int16).reshape(3, 4, 5), affine)
+        as_it_is = Preprocessing(unit="arbitrary")
+        assert _spacing(small, as_it_is) == pytest.approx(prepare(small, as_it_is).spacing_mm)
+        large = Volume(np.broadcast_to(np.int16(0), (500, 500, 400)), affine)
+        spacing = _spacing(large, Preprocessing((2.0, 1.0, 1.0)))
+        assert spacing == pytest.approx(spacing[0] * np.array([1, 0.5, 0.5]))
+        assert np.prod(np.array(large.shape) * own) / np.prod(spacing) == pytest.approx(MAX_VOXELS)
+
+
+@pytest.mark.parametrize("kind", ["gvsl", "gemini", "xmorpher"])
+def test_heads_of_several_channels_get_the_scan_in_each(generator, kind):
+    def build(in_chans):
+        drawn = torch.Generator().manual_seed(0)
+        if kind == "xmorpher":
+            return GVSL(XMorpher(3, 16, in_chans=in_chans, generator=drawn), affine_width=8, generator=drawn).eval()
+        backbone = UNet(3, 8, in_chans, generator=drawn)
+        return GEMINI(backbone).eval() if kind == "gemini" else GVSL(backbone, affine_width=8, generator=drawn).eval()
+
+    one, three = build(1), build(3)
+    state = one.state_dict()
+    name = f"unet.{one.unet.input_weight}"
+    three.load_state_dict(state | {name: state[name].repeat_interleave(3, 1) / 3})
+    fixed, moving = torch.rand(2, 1, 1, 16, 16, 16, generator=generator)
+    (affine, found), wanted = (match(m, fixed, moving, torch.ones_like(fixed), "float32") for m in (three, one))
+    torch.testing.assert_close(affine, wanted[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found, wanted[1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("refine", [0, 12])
@@ -198,6 +245,13 @@ def test_without_heads_and_without_refinement_there_is_nothing_to_do(pair):
         register(pair[1][0], pair[0][0], load("gvsl-unet-ct-nano"), refine=0)
 
 
+def test_several_channels_are_refused(heads, pair):
+    scan = pair[0][0]
+    several = Volume(np.stack([scan.data] * 3, -1), scan.affine)
+    with pytest.raises(VolumeError, match="3 channels; prepare one at a time"):
+        register(scan, several, heads)
+
+
 def test_an_empty_mask_and_one_on_another_grid_are_refused(heads, pair):
     (fixed, _), (moving, _) = pair
     with pytest.raises(VolumeError, match="no voxel above 0"):
@@ -278,6 +332,15 @@ def test_labels_without_a_place_to_go_and_outputs_of_another_kind_are_refused(pa
 def test_a_scan_that_is_its_own_atlas_keeps_its_labels(heads, pair):
     scan, labels = pair[0]
     assert np.array_equal(segment_by_atlas(scan, [(scan, labels)], heads, refine=3).data, labels.data)
+
+
+@pytest.mark.parametrize(("value", "kind"), [(7, np.uint8), (255, np.uint8), (300, np.uint16)])
+def test_labels_by_atlas_have_8_bits_where_they_fit(value, kind):
+    scan = Volume(np.random.default_rng(0).integers(-1000, 1000, (8, 8, 8)).astype(np.int16), np.diag([MM, MM, MM, 1]))
+    labels = Volume(np.where(scan.data > 0, value, 0).astype(np.uint16), scan.affine)
+    model = torch.nn.Conv3d(1, 4, 3, padding=1).eval()
+    model.preprocessing = Preprocessing((MM,) * 3)
+    assert segment_by_atlas(scan, [(scan, labels)], model, refine=1).data.dtype == kind
 
 
 @pytest.mark.slow

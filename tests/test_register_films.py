@@ -13,7 +13,19 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from gvsl_zoo import Matcher, Volume, correspond, load, model_info, register, save_pretrained, write_volume
+from gvsl_zoo import (
+    Matcher,
+    Volume,
+    correspond,
+    features,
+    load,
+    model_info,
+    pooled_features,
+    register,
+    save_pretrained,
+    segment,
+    write_volume,
+)
 from gvsl_zoo.cli import main
 from gvsl_zoo.errors import ArgumentError, VolumeError
 from gvsl_zoo.film import (
@@ -31,11 +43,13 @@ from gvsl_zoo.inference.refine import Images, exponential, fit, fit_affine
 from gvsl_zoo.inference.register import lay_over
 from gvsl_zoo.models.gemini import GEMINI
 from gvsl_zoo.models.gvsl import GVSL
+from gvsl_zoo.models.heads import SegmentationModel
 from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.models.xmorpher import XMorpher
 from gvsl_zoo.pretrain.anatomy import Film, sample_film, true_displacement
+from gvsl_zoo.registry import Label
 from gvsl_zoo.spatial import affine_coordinates, identity_grid, jacobian_determinant, sample, warp
-from gvsl_zoo.transforms import Grid, read_transform, to_displacement, warp_volume, write_transform
+from gvsl_zoo.transforms import Affine, Grid, read_transform, to_displacement, warp_volume, write_transform
 from gvsl_zoo.volume import own_locale
 
 XRAY = Path(__file__).parents[2] / "shared" / "data" / "xray"
@@ -179,7 +193,7 @@ def test_films_of_different_sizes_are_laid_frame_on_frame(drawn, pair, model):
 
 def test_films_that_know_their_millimetres_are_matched_in_them():
     sizes = {"fine": (200, 160), "coarse": (100, 100)}
-    fine, coarse = (Volume(np.random.default_rng(0).random((*s, 1)), np.eye(4)) for s in sizes.values())
+    fine, coarse = (Volume(255 * np.random.default_rng(0).random((*s, 1)), np.eye(4)) for s in sizes.values())
     in_mm = [replace(film, affine=np.diag([mm, mm, 1, 1])) for film, mm in ((fine, 1.5), (coarse, 2.5))]
     for film, affine in zip(in_mm, together(*in_mm), strict=True):
         ends = affine(Grid.of(film).points()[[0, -1]])
@@ -297,6 +311,18 @@ def test_a_dicom_film_lies_in_the_millimetres_of_its_pixels(tmp_path):
     np.testing.assert_array_equal(read_scan(write_dicom(tmp_path / "b.dcm", pixels)).affine, np.eye(4))
 
 
+def test_features_masks_and_labels_of_a_dicom_film_lie_in_its_millimetres(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 4096, (40, 56)).astype(np.uint16)
+    path, affine = write_dicom(tmp_path / "a.dcm", pixels, (0.5, 0.25)), np.diag([0.5, 0.25, 1, 1])
+    net = with_recipe(UNet(2, 8, generator=torch.Generator().manual_seed(0)).eval())
+    np.testing.assert_array_equal(features(path, net).affine, affine)
+    whole = pooled_features(path, net, mask=as_film(np.ones((40, 56), np.uint8)))
+    own = replace(read_scan(path), data=np.ones((56, 40, 1), np.uint8))
+    np.testing.assert_array_equal(whole.local, pooled_features(path, net, mask=own).local)
+    found = segment(path, with_recipe(SegmentationModel(net, 2)), labels=[Label("background", 0), Label("lung", 1)])
+    np.testing.assert_array_equal(found.affine, affine)
+
+
 # --- Correspondence ------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +364,8 @@ def test_films_and_volumes_do_not_mix(pair, model, tmp_path):
     for call in (
         lambda: register(path, path, ct),
         lambda: Matcher(path, path, ct),
+        lambda: features(path, ct),
+        lambda: ct.preprocess(path),
     ):
         with pytest.raises(ArgumentError, match=r"a\.png' is a film, the model one of volumes; choose a 2D model"):
             call()
@@ -425,6 +453,26 @@ def test_the_command_finds_points_of_a_film(folder):
     assert Path("m.csv").read_text().startswith("name,x,y,confidence\nhilum,") and Path("h/point-1.nii.gz").is_file()
     [match] = done("correspond --fixed fixed.png --moving fixed.png --model ./model --point 40,50")
     assert match["match_mm"] == pytest.approx([40, 50, 0], abs=0.5)
+
+
+def test_every_point_of_the_film_gets_its_heat_map_with_a_match_or_without(folder):
+    far = np.eye(4)
+    far[:3, 3] = 1000
+    write_transform(Affine(far), "far.tfm")
+    Path("points.csv").write_text("x,y\n40,50\n900,0\n")
+    call = "correspond --fixed fixed.png --moving moving.png --model ./model --points points.csv"
+    assert [one["match_mm"] for one in done(f"{call} --transform far.tfm --heat h")] == [None, None]
+    assert [path.name for path in Path("h").iterdir()] == ["point-1.nii.gz"]
+
+
+def test_a_png_that_is_warped_onto_a_film_of_known_size_is_warned_about(drawn, folder):
+    write_dicom(Path("fixed.dcm"), grey(drawn[0]).astype(np.uint16), (MM, MM))
+    write_transform(Affine(np.eye(4)), "t.tfm")
+    told = "the pixels of a PNG count as 1 mm"
+    for fixed, warned in (("fixed.dcm", True), ("fixed.png", False)):
+        result = run(f"warp -i moving_labels.png --labels --fixed {fixed} --transform t.tfm -o l.png --overwrite")
+        assert result.exit_code == 0, result.output
+        assert (told in result.stderr) is ("--moving-labels --labels-out" in result.stderr) is warned
 
 
 def test_a_dicom_pair_is_registered_in_millimetres(drawn, folder):

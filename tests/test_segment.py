@@ -13,13 +13,21 @@ import pytest
 import torch
 from click.testing import CliRunner
 from test_dicom import write_series
+from test_film import film_model, write_png
 from torch import nn
 
 from gvsl_zoo import load, model_info, save_pretrained, segment
 from gvsl_zoo.cli import main
 from gvsl_zoo.errors import ArgumentError, VolumeError
 from gvsl_zoo.inference.features import prepare_for
-from gvsl_zoo.inference.segment import comment_labels, find_scans, label_volumes, segment_folder
+from gvsl_zoo.inference.segment import (
+    Job,
+    comment_labels,
+    find_scans,
+    label_volumes,
+    segment_file,
+    segment_folder,
+)
 from gvsl_zoo.inference.sliding import sliding_window
 from gvsl_zoo.models.heads import SegmentationModel
 from gvsl_zoo.models.unet import UNet
@@ -311,6 +319,52 @@ def test_the_command_segments_one_scan(tmp_path: Path, run_folder: Path, scans: 
     assert code == 0 and text.startswith(f"{out}: ") and " ml" in text
 
 
+def test_a_sidecar_of_the_users_is_kept_unless_told(tmp_path: Path, run_folder: Path, scans: Path) -> None:
+    sidecar, settings = tmp_path / "out" / "a.json", ("--model", run_folder, "--device", "cpu")
+    sidecar.parent.mkdir()
+    sidecar.write_text('{"Modality": "CT"}')
+    one, all_scans = (("-i", scans / name, "-o", tmp_path / "out" / name, *settings) for name in ("a.nii.gz", ""))
+    code, _, error = run(*one)
+    assert code == 1 and "a.json': it exists already; choose another name" in error
+    code, _, error = run(*all_scans)
+    assert code == 1 and "a.json': it exists already" in error and "2 of 4 scans failed" in error  # and bad.nii.gz
+    assert sidecar.read_text() == '{"Modality": "CT"}' and not (tmp_path / "out" / "a.nii.gz").exists()
+    assert run(*one, "--overwrite")[0] == 0 and "labels" in json.loads(sidecar.read_text())
+    (tmp_path / "out" / "a.nii.gz").unlink()  # as a call leaves it that was killed between the two files
+    assert run(*one)[0] == 0
+
+
+def test_a_scan_is_not_segmented_over_itself(scans: Path) -> None:
+    before = (scans / "a.nii.gz").read_bytes()
+    with pytest.raises(VolumeError, match="it is the input itself"):
+        segment_file(Job((scans / "a.nii.gz",), scans / "a.nii.gz"), Thresholds(), overwrite=True)
+    assert (scans / "a.nii.gz").read_bytes() == before
+
+
+def test_labelled_scans_among_the_outputs_are_not_overwritten(tmp_path: Path, scans: Path) -> None:
+    (tmp_path / "out").mkdir()
+    write_volume(phantom((9, 9, 9)), tmp_path / "out" / "a.nii.gz")
+    before = (tmp_path / "out" / "a.nii.gz").read_bytes()
+    support = ("--support", scans / "a.nii.gz", tmp_path / "out" / "a.nii.gz")
+    code, _, error = run("-i", scans, "-o", tmp_path / "out", *support, "--overwrite")
+    assert code == 2 and "--overwrite with a labelled scan in" in error
+    assert (tmp_path / "out" / "a.nii.gz").read_bytes() == before
+
+
+def test_the_command_draws_the_labels_of_a_film_and_carries_none_over(tmp_path: Path) -> None:
+    film = write_png(tmp_path / "a.png", np.random.default_rng(0).integers(0, 256, (40, 56)).astype(np.uint8))
+    entry, unet = film_model()
+    net = SegmentationModel(unet, len(LABELS), generator=torch.Generator().manual_seed(1)).eval()
+    entry = replace(entry, heads=("segmentation",), labels=LABELS, input=replace(entry.input, window=(64, 64)))
+    save_pretrained(net, tmp_path / "net", entry=entry)
+    call = ("-i", film, "-o", tmp_path / "labels.nii.gz", "--model", tmp_path / "net", "--device", "cpu")
+    for source in ("--support", "--atlas"):
+        code, _, error = run(*call, source, film, film)
+        assert code == 2 and "labels are carried over between volumes" in error
+    code, _, error = run(*call, "--picture", tmp_path / "labels.png")
+    assert code == 0 and (tmp_path / "labels.png").read_bytes().startswith(b"\x89PNG"), error
+
+
 def test_one_bad_scan_of_a_folder_is_named_and_the_others_are_done(
     tmp_path: Path, run_folder: Path, scans: Path
 ) -> None:
@@ -350,6 +404,63 @@ def test_channels_of_one_scan_lie_beside_each_other(tmp_path: Path) -> None:
     jobs = find_scans(tmp_path, tmp_path / "out", channels=2)
     assert [(len(job.scans), job.output.name) for job in jobs] == [(2, "x.nii.gz"), (2, "y.nii.gz")]
     assert [job.output.name for job in find_scans(tmp_path, tmp_path / "out")][:2] == ["x_0000.nii.gz", "x_0001.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("files", "error"),
+    [
+        (("x_0000", "x_0001"), None),
+        (("x",), None),  # in both channels
+        (("x_0000",), "x_0000.nii.gz for a model of 2 channels; add x_0001"),
+        (("x_0001",), "x_0001.nii.gz for a model of 2 channels; add x_0000"),
+        (("x_0001", "x_0002"), "x_0001.nii.gz, x_0002.nii.gz for a model of 2 channels; add x_0000"),
+        (("x", "x_0000"), "x.nii.gz, x_0000.nii.gz for a model of 2 channels; keep one file a channel: x_0000, x_0001"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_scan_that_lacks_a_channel_is_told_and_stops_no_other(
+    tmp_path: Path, files: tuple[str, ...], error: str | None
+) -> None:
+    model = Thresholds(None)
+    model.in_chans = 2  # type: ignore[assignment]
+    model.forward = lambda x: Thresholds.forward(model, x[:, :1])  # type: ignore[method-assign]
+    (tmp_path / "scans").mkdir()
+    for name in (*files, "y"):
+        write_volume(phantom((6, 6, 6)), tmp_path / "scans" / f"{name}.nii.gz")
+    found, other = segment_folder(tmp_path / "scans", tmp_path / "out", model)
+    assert found.get("error") == error and "error" not in other
+    assert (tmp_path / "out" / "x.nii.gz").exists() == (error is None)
+
+
+@pytest.mark.parametrize("output", ["scans", "scans/../scans/", "absolute"])
+def test_label_maps_do_not_go_among_the_scans(tmp_path: Path, scans: Path, monkeypatch, output: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArgumentError, match="is the folder of the scans; give the label maps another folder"):
+        segment_folder(Path("scans"), scans if output == "absolute" else Path(output), Thresholds())
+
+
+@pytest.mark.parametrize("absolute", ["scans", "output"])
+def test_the_output_within_the_folder_of_scans_is_known_however_it_is_written(
+    tmp_path: Path, scans: Path, monkeypatch, absolute: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (scans / "out").mkdir()
+    (scans / "out" / "a.nii.gz").touch()
+    given = (scans, Path("scans/out")) if absolute == "scans" else (Path("scans"), scans / "out")
+    assert [job.scans[0].name for job in find_scans(*given)] == ["a.nii.gz", "b.1.nii", "bad.nii.gz", "c.nii.gz"]
+
+
+def test_a_file_says_the_labels_that_were_asked_for(tmp_path: Path, scans: Path) -> None:
+    named = tuple(Label(label.name.upper(), label.value + 1) for label in LABELS)
+    model = Thresholds()
+    model.labels = ()
+    facts = segment_file(Job((scans / "a.nii.gz",), tmp_path / "a.nii.gz"), model, labels=named)
+    voxels = read_volume(tmp_path / "a.nii.gz").data
+    assert [(row["name"], row["voxels"]) for row in facts["labels"]] == [
+        (label.name, (voxels == label.value).sum()) for label in named
+    ]
+    with pytest.raises(ArgumentError, match="no trained segmentation head"):
+        segment_file(Job((tmp_path / "nowhere.nii",), tmp_path / "b.nii.gz"), model)
 
 
 def test_folders_that_cannot_be_segmented_are_refused(tmp_path: Path) -> None:

@@ -160,8 +160,27 @@ def test_a_ready_copys_group_norm_is_right_where_pytorchs_is_off() -> None:
         assert (norm(x) - expected).abs().max() > 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_ready_copy_computes_in_float32_whatever_type_the_module_has(dtype: torch.dtype) -> None:
+    module, x = UNet(3, 8, generator=torch.Generator().manual_seed(0)).to(dtype), image(1, 1, 16, 16, 16)
+    with torch.inference_mode():
+        found = ready_copy(module)(x)
+        assert {tensor.dtype for tensor in module.state_dict().values()} == {dtype}
+        torch.testing.assert_close(found, module.float().eval()(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
-    "layer", [nn.Conv3d(2, 4, 3, 2, 1), nn.Conv3d(2, 4, 1, bias=False), nn.Conv3d(2, 4, 3, groups=2)]
+    "layer",
+    [
+        nn.Conv3d(2, 4, 3, 2, 1),
+        nn.Conv3d(2, 4, 1, bias=False),
+        nn.Conv3d(2, 4, 3, groups=2),
+        nn.Conv3d(2, 4, 3, padding="same"),
+        nn.Conv3d(2, 4, 3, padding="valid"),
+        nn.Conv3d(2, 4, 3, padding=1, padding_mode="replicate"),
+        nn.Conv3d(2, 4, 3, padding=1, padding_mode="circular"),
+    ],
+    ids=str,
 )
 def test_a_ready_copys_convolution_is_the_same_in_both_precisions(layer: nn.Conv3d) -> None:
     x, ready = image(1, 2, 5, 6, 7), ready_copy(layer)

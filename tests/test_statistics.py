@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gvsl_zoo.transfer.statistics import auc_interval, compare, holm, mean_interval, proportion_interval
+from gvsl_zoo.transfer.statistics import (
+    auc_interval,
+    compare,
+    holm,
+    mean_interval,
+    proportion_interval,
+    subject_means,
+)
 
 
 def test_the_interval_of_a_mean_is_students():
@@ -66,10 +73,14 @@ def test_p_is_below_5_percent_exactly_where_the_interval_leaves_out_0():
     assert 0 < sum(r.p < 0.05 for r in results) < 200
 
 
-def test_with_one_test_case_a_comparison_is_students_paired_test_over_the_seeds():
-    differences = np.array([[1.0], [3.0], [2.5]])
-    expected = stats.ttest_1samp(differences[:, 0], 0)
-    assert compare(differences).p == pytest.approx(expected.pvalue)
+def test_one_test_subject_says_nothing_about_others_however_many_seeds_agree():
+    differences = 10 + np.random.default_rng(0).normal(size=(30, 1))
+    assert compare(differences) == (differences.mean(), np.inf, 1.0)
+
+
+def test_the_mean_of_a_subject_is_that_of_its_cases_and_an_unknown_case_is_a_subject_of_its_own():
+    values = {"a1": 1.0, "b1": 5.0, "a2": 2.0, "c": 7.0}
+    assert subject_means(values, {"a1": "a", "a2": "a", "b1": "b"}) == [1.5, 5.0, 7.0]
 
 
 def test_seeds_that_disagree_widen_the_interval_however_many_cases_agree():
@@ -100,9 +111,12 @@ def test_over_films_of_both_classes_the_interval_is_delongs():
     assert compare(ordered[None].astype(float)).half == pytest.approx(1.96 * np.sqrt(sum(by_class)), rel=0.02)
 
 
-def test_the_same_difference_everywhere_is_certain():
-    assert compare(np.full((3, 4), 2.0)) == (2.0, 0.0, 0.0)
-    assert compare(np.zeros((3, 4))) == (0.0, 0.0, 1.0)
+@pytest.mark.parametrize("subjects", range(1, 9))
+def test_the_same_difference_everywhere_is_as_sure_as_a_sign_test_over_the_subjects(subjects):
+    mean, half, p = compare(np.full((3, subjects), 2.0))
+    assert mean == 2 and p == pytest.approx(stats.binomtest(subjects, subjects).pvalue)
+    assert half == (0 if p < 0.05 else np.inf)
+    assert compare(np.zeros((3, subjects))) == (0.0, half, 1.0)
 
 
 def test_holm_corrects_the_smallest_p_most_and_keeps_the_order():

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from formula import assert_as_recorded, image, recorded
 
 from gvsl_zoo.errors import ArgumentError
-from gvsl_zoo.models.backbone import FeatureList, pad_to_multiple
+from gvsl_zoo.models.backbone import Conv3d, FeatureList, initialise, pad_to_multiple
 from gvsl_zoo.models.unet import UNet, upsample
 
 SIZES = [(37, 50, 61), (8, 8, 8), (5, 17, 3), (1, 1, 1), (37, 50), (8, 8), (5, 17), (1, 1)]
@@ -68,6 +68,23 @@ def test_every_size_from_1_to_40_gives_ceiled_maps():
         assert [m.shape[2] for m in maps] == [math.ceil(size / level.reduction) for level in model.levels]
 
 
+class BlockMeans(UNet):
+    """Each of its maps holds the means of the image over the voxels that one of the map spans."""
+
+    def _maps(self, x, last):
+        return [F.avg_pool2d(x, level.reduction) for level in self.levels[: last + 1]]
+
+
+def test_maps_of_every_size_lie_on_the_image_to_half_a_voxel_of_theirs():
+    model = BlockMeans(2, 8, in_chans=2)
+    for size in range(1, 65):
+        x = torch.stack([torch.arange(size, dtype=torch.float32), torch.ones(size)])[None, :, :, None]
+        for level, found in zip(model.feature_info, model.forward_intermediates(x.expand(-1, -1, -1, 16)), strict=True):
+            place, inside = found[0, :, :, 0]
+            expected = torch.arange(len(place)) * level.reduction + (level.reduction - 1) / 2
+            assert ((place - expected).abs() <= level.reduction / 2)[inside == 1].all(), (size, level.module)
+
+
 def test_the_default_levels_are_the_encoder_finest_first():
     model = unet(2)
     assert model.feature_info.channels() == [8, 16, 32, 64, 128]
@@ -100,6 +117,12 @@ def test_a_level_that_does_not_exist_is_refused(indices):
         unet(2).forward_intermediates(noise(1, 1, 16, 16), indices)
 
 
+@pytest.mark.parametrize("indices", [3, (2.5,), "34", (None,), torch.tensor([0.0])], ids=repr)
+def test_levels_that_are_no_sequence_of_whole_numbers_are_refused(indices):
+    with pytest.raises(ArgumentError, match=r"feature levels .*; give a sequence of whole numbers"):
+        FeatureList(unet(2), indices)
+
+
 @pytest.mark.parametrize("last", range(9))
 def test_nothing_behind_the_last_level_asked_for_runs(last):
     model, ran = unet(2), []
@@ -123,6 +146,31 @@ def test_a_feature_list_returns_the_maps_that_its_feature_info_describes():
     assert [m.shape[1] for m in maps] == features.feature_info.channels() == [16, 128, 8]
     assert [m.shape[2] for m in maps] == [math.ceil(33 / r) for r in features.feature_info.reduction()]
     assert {id(p) for p in features.parameters()} == {id(p) for p in model.parameters()}
+
+
+def test_a_feature_list_groups_the_parameters_that_get_a_gradient_and_the_last_of_its_levels_learns_fastest():
+    features = FeatureList(unet(2), (2, 0))
+    sum(found.square().mean() for found in features(noise(1, 1, 32, 32))).backward()
+    groups = features.parameter_groups(1e-3, 0.5)
+    assert [(group["name"], group["lr"]) for group in groups] == [
+        ("inc", 1e-3 * 0.25),
+        ("down1", 1e-3 * 0.5),
+        ("down2", 1e-3),
+    ]
+    grouped = {id(p) for group in groups for p in group["params"]}
+    assert grouped == {id(p) for p in features.parameters() if p.grad is not None}
+
+
+def test_a_feature_list_is_frozen_and_checkpointed_as_its_backbone():
+    features, runs = FeatureList(unet(2), (0, 3)), []
+    features.freeze().train()
+    assert not any(p.requires_grad for p in features.parameters()) and not features.backbone.training
+    features.unfreeze().train()
+    assert all(p.requires_grad for p in features.parameters()) and features.backbone.training
+    features.backbone.down2.register_forward_pre_hook(lambda *_: runs.append(1))
+    features.set_grad_checkpointing()
+    features(noise(1, 1, 16, 16))[1].sum().backward()
+    assert len(runs) == 2
 
 
 @pytest.mark.parametrize("size", [(13, 16, 27), (18, 31)], ids=str)
@@ -180,6 +228,29 @@ def test_parameter_groups_leave_frozen_levels_out():
     model.down1.requires_grad_(False)
     assert "down1" not in [group["name"] for group in model.parameter_groups(1e-3)]
     assert model.freeze().parameter_groups(1e-3) == []
+
+
+def test_parameter_groups_up_to_a_level_are_those_of_the_encoder_that_ends_there():
+    rates = [
+        [(g["name"], g["lr"]) for g in groups]
+        for groups in (unet(2).parameter_groups(1e-3, 0.5, last=4), unet(2, decoder=False).parameter_groups(1e-3, 0.5))
+    ]
+    assert rates[0] == rates[1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mixed"), [(torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)], ids=str
+)
+def test_in_bf16_a_convolution_over_two_slices_has_the_gradient_of_float32(dtype, mixed):
+    layer, x = Conv3d(8, 16, 3, padding=1), noise(2, 8, 2, 6, 5)
+    initialise(layer, torch.Generator().manual_seed(0))
+    [exact] = torch.autograd.grad(layer(x).square().mean(), layer.weight)
+    layer.to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        out = layer(x.to(dtype))
+    [found] = torch.autograd.grad(out.float().square().mean(), layer.weight)
+    assert out.dtype == found.dtype == dtype
+    close(found.float(), exact, 0.02)
 
 
 def test_checkpointing_changes_no_gradient():

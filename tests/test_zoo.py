@@ -289,6 +289,13 @@ def test_parameter_groups_hold_every_parameter_once(name):
     assert {group["lr"] for group in model.parameter_groups(1e-3)} == {1e-3}
 
 
+def test_a_classification_learns_at_the_same_rates_whether_or_not_its_backbone_has_a_decoder():
+    models = (load(NANO, task="classification", num_classes=2), ClassificationModel(load(NANO), 2))
+    assert [model.backbone.has_decoder for model in models] == [False, True]
+    lean, whole = ({g["name"]: g["lr"] for g in model.parameter_groups(1e-3, 0.5)} for model in models)
+    assert lean == whole
+
+
 @pytest.mark.parametrize("stored", ["embedded", "float32"])
 def test_two_loads_share_nothing_and_leave_the_file_alone(stored, float32_copy):
     source = NANO if stored == "embedded" else float32_copy.parent

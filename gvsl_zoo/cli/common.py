@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -28,10 +30,22 @@ class Commands(click.Group):
         except Exception as error:
             if ctx.params["debug"]:
                 raise
-            known = isinstance(error, GvslZooError)
-            text = str(error) if known else f"unexpected {type(error).__name__}: {error}; --debug shows where"
-            click.echo(f"error: {text}", err=True)
+            click.echo(f"error: {in_a_line(error)}", err=True)
             ctx.exit(2 if isinstance(error, ArgumentError) else 1)
+
+
+def in_a_line(error: Exception) -> str:
+    """What an error says, with its remedy: one of the package's own, of a file, or of memory; others are unexpected."""
+    text = str(error)
+    if isinstance(error, GvslZooError):
+        return text
+    if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
+        where = "" if error.filename is None else f"{error.filename}: "
+        return f"{where}{error.strerror}; check the path, permissions and free space"
+    full = isinstance(error, RuntimeError) and ("allocate memory" in text or "out of memory" in text)  # of any device
+    if full or isinstance(error, MemoryError):
+        return "not enough memory; crop the scan, or use --grid model, --precision bf16 or another --device"
+    return f"unexpected {type(error).__name__}: {text}; --debug shows where"
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -66,8 +80,14 @@ def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def check_ending(path: Path | None, *endings: str) -> None:
+    """Refuse an output whose name ends otherwise; None is no output."""
+    if path and not path.name.endswith(endings):
+        raise ArgumentError(f"the output {path.name!r} has no ending for this", f"end it in {' or '.join(endings)}")
+
+
 def show(facts: dict[str, Any], as_json: bool) -> None:
-    """Print facts as JSON, or a line each; a pair of numbers is a before and an after."""
+    """Print facts as JSON, or a line each; a pair is a before and an after, more are sizes."""
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
@@ -78,7 +98,9 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
             show({f"  {name}": item for name, item in value.items()}, False)
         else:
             parts = value if isinstance(value, tuple) else [value]
-            text = " -> ".join(f"{part:.4g}" if isinstance(part, float) else str(part) for part in parts)
+            text = (" -> " if len(parts) == 2 else " x ").join(
+                f"{part:.4g}" if isinstance(part, float) else str(part) for part in parts
+            )
             click.echo(f"{key:<{width}}  {text}")
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import click
 
 from ..errors import ArgumentError
-from .common import load_for_registration, main, progress_bar, show, with_json, with_model
+from .common import check_ending, load_for_registration, main, progress_bar, show, with_json, with_model
 
 
 @main.command("register")
@@ -62,7 +63,7 @@ def register_command(
     from ..inference.register import register
     from ..report import registration_picture
     from ..transforms import Grid, to_displacement, warp_volume, write_transform
-    from ..volume import check_output, write_volume
+    from ..volume import check_outputs, write_volume
 
     if bool(moving_labels) != bool(labels_out):
         raise ArgumentError("--moving-labels and --labels-out go together", "give both")
@@ -76,11 +77,9 @@ def register_command(
         (labels_out, images),
         (picture, (".png",)),
     ):
-        if path and not path.name.endswith(endings):
-            raise ArgumentError(f"the output {path.name!r} has no ending for this", f"end it in {' or '.join(endings)}")
-        if path:
-            check_output(path, fixed, overwrite)
-            check_output(path, moving, overwrite)
+        check_ending(path, *endings)
+    outputs = (warped_out, transform_out, affine_out, save_inverse, jacobian_out, labels_out, picture)
+    check_outputs(outputs, (fixed, moving, fixed_mask, moving_mask, moving_labels), overwrite)
     model = load_for_registration(name, device)
     still, moved = (read_for(path, recipe_of(model)) for path in (fixed, moving))
     labels = read_scan(moving_labels) if moving_labels else None
@@ -113,7 +112,6 @@ def register_command(
         write_film(carried, labels_out, like=labels.data.dtype, overwrite=overwrite)
     if picture:
         registration_picture(still, moved, found, picture, title=f"{moving.name} on {fixed.name}")
-    outputs = (warped_out, transform_out, affine_out, save_inverse, jacobian_out, labels_out, picture)
     show(found.report | {"outputs": [str(path) for path in outputs if path]}, as_json)
 
 
@@ -157,9 +155,9 @@ def warp_command(
     (antsApplyTransforms lists them the other way round). Beyond its grid a displacement goes on with the values of its
     border, and a warning says so.
     """
-    from ..film import is_film, read_scan, write_film
+    from ..film import is_film, known_size, read_scan, write_film
     from ..transforms import Chain, Grid, read_points, read_transform, warp_volume, write_points
-    from ..volume import check_output
+    from ..volume import InputWarning, check_outputs
 
     if bool(scan) == bool(points) or (scan and (lps or not fixed)) or (points and labels):
         raise ArgumentError(
@@ -167,15 +165,19 @@ def warp_command(
         )
     films = [path for path in (scan, fixed) if path and is_film(path)]
     wanted = ((".nii", ".nii.gz", ".png") if films else (".nii", ".nii.gz")) if scan else (".csv",)
-    if not output.name.endswith(wanted):
-        raise ArgumentError(f"the output {output.name!r} has no ending for this", f"end it in {' or '.join(wanted)}")
-    check_output(output, scan or points, overwrite)
+    check_ending(output, *wanted)
+    check_outputs([output], (scan, points, fixed, *paths), overwrite)
     transforms = [read_transform(path) for path in reversed(paths)]
     transform = transforms[0] if len(transforms) == 1 else Chain(tuple(transforms))
     transform = transform.inverse() if inverse else transform
-    grid = Grid.of(read_scan(fixed)) if fixed else None
-    if scan and grid:
+    still = read_scan(fixed) if fixed else None
+    grid = Grid.of(still) if still else None
+    if scan and still and grid:
         source = read_scan(scan)
+        if scan.suffix.lower() == ".png" and known_size(still):
+            doubt = f"{scan.name}: the pixels of a PNG count as 1 mm, those of the fixed film are of known size"
+            remedy = "labels of a DICOM film are brought along by gvsl-zoo register --moving-labels --labels-out"
+            warnings.warn(f"{doubt}; {remedy}", InputWarning, stacklevel=2)
         volume = warp_volume(source, transform, grid, nearest=labels)
         write_film(volume, output, like=source.data.dtype, overwrite=overwrite)
         show({"output": str(output), "shape": list(volume.shape)}, as_json)
@@ -227,29 +229,30 @@ def correspond_command(
     from ..film import is_film
     from ..inference.correspond import Matcher, match_table, parse_points
     from ..transforms import read_points, read_transform, write_points
-    from ..volume import check_output, write_volume
+    from ..volume import check_outputs, write_volume
     from ..zoo import load
 
     if bool(points) == bool(single):
         raise ArgumentError("correspond needs --points or --point", "give one of the two")
-    if output and output.suffix != ".csv":
-        raise ArgumentError(f"the output {output.name!r} has no ending for this", "end it in .csv")
+    check_ending(output, ".csv")
     film = is_film(fixed)
     table = read_points(points, lps=lps, film=film) if points else parse_points(single, lps=lps, film=film)
     maps = [heat / f"point-{number}.nii.gz" for number in range(1, len(table.rows) + 1)] if heat else []
-    if heat:
-        heat.mkdir(parents=True, exist_ok=True)
-    for path in filter(None, (output, *maps)):
-        check_output(path, points, overwrite)
+    inputs = (fixed, moving, points, transform)
+    check_outputs([output], inputs, overwrite)
     model, start = load(name, device=device), read_transform(transform) if transform else None
+    if heat:
+        heat.mkdir(parents=True, exist_ok=True)  # not for a call that ends before
+        check_outputs(maps, inputs, overwrite)
     with progress_bar("features") as progress:
         matcher = Matcher(fixed, moving, model, start=start, precision=precision, progress=progress)
     found = matcher.match(table.points_mm)
     matches = match_table(table, found)
     if output:
         write_points(matches, output, lps=lps, overwrite=overwrite)
-    for path, point, confidence in zip(maps, table.points_mm, found.confidence, strict=False):
-        if confidence:
+    _, inside = matcher.fixed.checked(table.points_mm)
+    for path, point, seen in zip(maps, table.points_mm, inside, strict=False):
+        if seen:
             write_volume(matcher.heat(point), path, overwrite=overwrite)
     if as_json:
         click.echo(json.dumps(found.to_list(lps=lps), indent=2))

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..errors import ArgumentError
-from .common import load_for_registration, main, progress_bar, show, with_json, with_model
+from .common import check_ending, load_for_registration, main, progress_bar, show, with_json, with_model
 
 
 @main.command("features")
@@ -43,20 +43,18 @@ def features_command(
     """Compute the features of a scan: dense on its grid, or pooled."""
     from ..inference import features as room
     from ..report import features_picture
-    from ..volume import check_output, write_volume
+    from ..volume import check_outputs, write_volume
     from ..zoo import load
 
     if (mask and not pool) or (picture and pool):
         raise ArgumentError("--mask goes with --pool, --picture without it", "leave one of them out")
-    if picture and picture.resolve() == output.resolve():
-        raise ArgumentError(f"--picture and --output are both {output}", "give each its own")
     wanted = (".npz", ".json") if pool else (".nii", ".nii.gz")
     if not output.name.endswith(wanted):
         raise ArgumentError(
             f"the output {output.name!r} has no ending for this", f"end the name in {' or '.join(wanted)}"
         )
-    for path in filter(None, (output, picture)):
-        check_output(path, scan, overwrite)
+    check_ending(picture, ".png")
+    check_outputs((output, picture), (scan, mask), overwrite)
     model = load(name, device=device)
     with progress_bar("features") as progress:
         if pool:
@@ -129,11 +127,13 @@ def segment_command(
     """Segment a scan, or every scan below a folder, with a fine-tuned model; or from labelled scans, without training:
     by the model's features (--support) or by registration (--atlas).
     """
+    from ..film import FilmPreprocessing, read_scan
     from ..inference import segment as room
     from ..inference.atlas import segment_by_atlas
+    from ..inference.features import recipe_of
     from ..inference.support import fit_support
     from ..report import labels_picture
-    from ..volume import check_output, dicom_files, read_volume, write_volume
+    from ..volume import check_outputs, dicom_files, read_volume, write_volume
     from ..zoo import load
 
     folder = scans[0] if len(scans) == 1 and scans[0].is_dir() and not dicom_files(scans[0]) else None
@@ -141,12 +141,22 @@ def segment_command(
         raise ArgumentError("--picture goes with one scan, --cluster with a folder of scans", "leave it out")
     if atlases and (folder or supports or mirror or len(scans) > 1):
         raise ArgumentError("--atlas goes with one scan, without --support and --mirror", "leave one of them out")
+    labelled = [path for pair in (*supports, *atlases) for path in pair]
+    if folder and overwrite and any(output.resolve() in path.resolve().parents for path in labelled):
+        raise ArgumentError(
+            f"--overwrite with a labelled scan in {str(output)!r}", "leave it out, or keep that elsewhere"
+        )
     if not folder:
         if not output.name.endswith((".nii", ".nii.gz")):
             raise ArgumentError(f"the output {output.name!r} is no label map", "end the name in .nii.gz or .nii")
-        for path in filter(None, (output, picture)):
-            check_output(path, scans[0], overwrite)
+        check_ending(picture, ".png")
+        check_outputs((output, picture), (*scans, *labelled), overwrite)
+        if not atlases:
+            room.check_record(output, overwrite)
     backbone = load(name, device=device)
+    if labelled and isinstance(recipe_of(backbone), FilmPreprocessing):
+        remedy = "choose a 3D model, or fine-tune this one: gvsl-zoo finetune"
+        raise ArgumentError("labels are carried over between volumes, and this is a model of films", remedy)
     if supports:
         model: Any = fit_support(supports, backbone, precision=precision)
     elif atlases:
@@ -167,10 +177,11 @@ def segment_command(
                 folder, output, model, overwrite=overwrite, cluster=cluster, progress=progress, **settings
             )
         else:
-            records = [room.segment_file(room.Job(scans, output), model, progress=progress, **settings)]
+            job = room.Job(scans, output)
+            records = [room.segment_file(job, model, overwrite=overwrite, progress=progress, **settings)]
     if picture:
         labels_picture(
-            read_volume(scans[0]),
+            read_scan(scans[0]),
             (shown := read_volume(output)),
             room.comment_labels(shown),
             picture,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -128,7 +129,8 @@ def pretrain_command(
         return
     with training_bar(config.steps) as progress:
         pretrain(config, out, real, device=device, workers=workers, init=start, progress=progress)  # type: ignore[arg-type]
-    show(finished(out), as_json)
+    if is_first():
+        show(finished(out), as_json)
 
 
 @main.command("finetune")
@@ -178,7 +180,13 @@ def finetune_command(
     cases = read_cases(data, task=config.task, labels=parse_labels(labels))
     with training_bar(config.steps) as progress:
         finetune(cases, config, out, device=device, workers=workers, progress=progress)
-    show(finished(out) | best_record(out, config), as_json)
+    if is_first():
+        show(finished(out) | best_record(out, config), as_json)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints facts, of those that a launcher such as torchrun started together."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -353,19 +361,20 @@ def reproduce_command(
     else:
         if out is None:
             raise ArgumentError("no folder for the run", "give --out, or --check to measure the weights that there are")
-        if not as_json:
+        if is_first() and not as_json:
             show(recipe.needs, False)
         settings = replace(recipe.settings, steps=steps or recipe.settings.steps)
         with training_bar(settings.steps) as progress:
             options: dict[str, Any] = {"device": device, "workers": workers, "progress": progress}
             if steps:
                 recipes.train(replace(recipe, settings=settings), out, data, **options)
-                show(finished(out), as_json)
+                if is_first():
+                    show(finished(out), as_json)
                 return
             result = recipes.reproduce(name, out, data, **options)
-    if as_json:
+    if is_first() and as_json:
         show(result.to_dict(), True)
-    else:
+    elif is_first():
         click.echo("\n".join(result.lines()))
     if not result.reached:
         click.get_current_context().exit(1)

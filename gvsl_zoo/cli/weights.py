@@ -20,7 +20,7 @@ SHOWN = 7  # candidates of a ranking
 @click.option("--ndim", type=click.Choice(["2", "3"]), help="Spatial axes.")
 @click.option("--modality", help="CT, MR or X-ray.")
 @click.option("--task", help="backbone, segmentation, classification, registration or pretraining.")
-@click.option("--available/--missing", default=None, help="Only models that load today, or only the others.")
+@click.option("--available/--missing", default=None, help="Only models of a known hash, or only the others.")
 @with_json
 def list_command(
     pattern: str, ndim: str | None, modality: str | None, task: str | None, available: bool | None, as_json: bool

@@ -61,7 +61,7 @@ def segment_by_atlas(
         votes.append((carried, _trust(found.warped, scan, model) if len(atlases) > 1 else np.ones(1)))
         if progress:
             progress(done, len(atlases))
-    out = np.zeros(scan.shape, votes[0][0].dtype)
+    out = np.zeros(scan.shape, np.uint8 if labels[-1].value < 256 else np.uint16)
     best = np.full(scan.shape, -1.0, np.float32)
     for label in labels:
         score = sum((np.where(carried == label.value, trust, 0) for carried, trust in votes), np.zeros(()))

@@ -142,7 +142,7 @@ class Matcher:
         if isinstance(recipe, FilmPreprocessing):
             *prepared, together = lay_frames(read_for(fixed, recipe), read_for(moving, recipe), recipe)
         else:
-            prepared = [prepare_for(read_for(scan, recipe), model) for scan in (fixed, moving)]
+            prepared = [prepare_for(scan, model) for scan in (fixed, moving)]
         bodies = [flattened(body(scan, model), recipe) for scan in prepared]
         windows = [_windows(inside.shape, _stride(backbone)) for inside in bodies]
         first, total = len(windows[0]), sum(map(len, windows))
@@ -451,16 +451,18 @@ def _refine(source: Described, target: Described, affine: Affine) -> Chain:
     edge = _edge(source, target)
     middles, _ = source.blocks(edge)
     *shape, ndim = middles.shape
+    sides = (1,) * (2 * ndim)
     points = middles.view(-1, ndim)
     query = source.at(points)
     start = target.index(affine(source.world(points)))
     place = start
     for offsets in (BALL[ndim] * edge, CROSS[ndim] * edge / 2):
         alike = torch.stack([_similarity(query, target, place + offset) for offset in offsets]).view(-1, 1, *shape)
-        alike = AVERAGE[ndim](alike, 3, 1, 1, count_include_pad=False)
-        moved = place + _soft_argmax(alike.flatten(1).T, offsets) - start
+        # The pooling's own padding refuses axes of fewer than 3 blocks.
+        total, count = (AVERAGE[ndim](F.pad(x, sides), 3, 1) for x in (alike, torch.ones_like(alike[:1])))
+        moved = place + _soft_argmax((total / count).flatten(1).T, offsets) - start
         for _ in range(2):
-            padded = F.pad(moved.T.view(1, ndim, *shape), (1,) * (2 * ndim), mode="replicate")
+            padded = F.pad(moved.T.view(1, ndim, *shape), sides, mode="replicate")
             moved = AVERAGE[ndim](padded, 3, 1).view(ndim, -1).T
         place = start + moved
     field = affine.inverse()(target.world(place)) - source.world(points)

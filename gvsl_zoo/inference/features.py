@@ -6,8 +6,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, VolumeError
-from ..film import FilmPreprocessing, prepare_film, read_film
+from ..film import FilmPreprocessing, on_film, prepare_scan, read_for
 from ..models.backbone import Backbone, pad_to_multiple
-from ..volume import MAX_BYTES, Prepared, Preprocessing, Volume, prepare, read_volume
+from ..volume import MAX_BYTES, Prepared, Preprocessing, Volume, prepare
 from ..weights import write_whole
 from .sliding import Progress, Windows, device_of, evaluate, ready_copy, sliding_slabs
 
@@ -138,8 +137,9 @@ def pooled_features(
     blended map, which is never stored. A bottleneck voxel counts by the part of the mask inside it.
 
     Args:
-        mask: a Volume on the scan's grid, or its path; voxels above 0 count. Default: the voxels above 3 % of the
-            model's intensity range (CT: above -963 HU), or all of them when there are none.
+        mask: a Volume on the scan's grid, or its path; voxels above 0 count. That of a film has a value for each of
+            its pixels. Default: the voxels above 3 % of the model's intensity range (CT: above -963 HU), or all of them
+            when there are none.
         volume, model, window, overlap, precision, progress: see `features`.
 
     Memory: the scan and its mask on the model's grid, and one window's activations.
@@ -151,25 +151,24 @@ def pooled_features(
         raise ArgumentError(f"{type(backbone).__name__} has no bottleneck", "give a backbone, or a module that has one")
     prepared = prepare_for(volume, model)
     image = repeated(prepared.image, backbone)
-    counted = body(prepared, model).float() if mask is None else mask_on_grid(mask, prepared)
-    device, function = device_of(backbone), backbone.forward_features
+    counted = body(prepared, model).float() if mask is None else mask_on_grid(mask, prepared, recipe_of(model))
+    device, function = device_of(backbone), ready_copy(backbone).forward_features
     sums = [torch.zeros(c, dtype=torch.float64) for c in (backbone.feature_info[-1].channels, backbone.num_features)]
     windows = Windows(prepared.shape, tuple(window or default_window(model)), overlap)
     flat = backbone.ndim == 2
     pool = F.avg_pool2d if flat else F.avg_pool3d
-    with _evaluation(backbone):
-        for done, (box, share) in enumerate(windows, 1):
-            weight = share * counted[box]
-            if weight.any():
-                patch = image[(slice(None), slice(None), *box)].to(device)
-                patch, weight = (patch[:, :, 0], weight[0]) if flat else (patch, weight)
-                maps = evaluate(function, patch, precision)
-                blocks, _ = pad_to_multiple(weight[None, None], backbone.stride, centred=backbone.centred)
-                coarse = pool(blocks, backbone.stride) * backbone.stride**backbone.ndim
-                for total, values, part in zip(sums, maps, (coarse, weight), strict=True):
-                    total += (values[0].float().flatten(1) @ part.flatten().to(device)).cpu()
-            if progress:
-                progress(done, len(windows))
+    for done, (box, share) in enumerate(windows, 1):
+        weight = share * counted[box]
+        if weight.any():
+            patch = image[(slice(None), slice(None), *box)].to(device)
+            patch, weight = (patch[:, :, 0], weight[0]) if flat else (patch, weight)
+            maps = evaluate(function, patch, precision)
+            blocks, _ = pad_to_multiple(weight[None, None], backbone.stride, centred=backbone.centred)
+            coarse = pool(blocks, backbone.stride) * backbone.stride**backbone.ndim
+            for total, values, part in zip(sums, maps, (coarse, weight), strict=True):
+                total += (values[0].float().flatten(1) @ part.flatten().to(device)).cpu()
+        if progress:
+            progress(done, len(windows))
     bottleneck, local = ((total / counted.sum(dtype=torch.float64)).float().numpy() for total in sums)
     return PooledFeatures(bottleneck, local)
 
@@ -244,9 +243,7 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
 def prepare_for(volume: Volume | str | os.PathLike[str], model: nn.Module) -> Prepared:
     """The scan or film, given or read, on the grid of the model."""
     recipe = recipe_of(model)
-    if isinstance(recipe, FilmPreprocessing):
-        return prepare_film(volume if isinstance(volume, Volume) else read_film(volume), recipe)
-    return prepare(volume if isinstance(volume, Volume) else read_volume(volume), preprocessing_of(model))
+    return prepare_scan(volume, recipe if isinstance(recipe, FilmPreprocessing) else preprocessing_of(model))
 
 
 class OneSlice(nn.Module):
@@ -282,10 +279,18 @@ def body_level(model: nn.Module) -> float:
     return low + BODY_LEVEL * (high - low)
 
 
-def mask_on_grid(mask: Volume | str | os.PathLike[str], prepared: Prepared) -> Tensor:
-    """The part of every voxel of the model's grid that the mask covers, (D, H, W) float32 in [0, 1]."""
-    mask = mask if isinstance(mask, Volume) else read_volume(mask)
-    source = prepared.source
+def mask_on_grid(
+    mask: Volume | str | os.PathLike[str],
+    prepared: Prepared,
+    recipe: Preprocessing | FilmPreprocessing | None = None,
+) -> Tensor:
+    """The part of every voxel of the model's grid that the mask covers, (D, H, W) float32 in [0, 1].
+
+    recipe: of the model; that of films takes a mask of a film's pixels whatever their millimetres.
+    """
+    mask, source = read_for(mask, recipe or Preprocessing()), prepared.source
+    if isinstance(recipe, FilmPreprocessing):
+        mask = on_film(mask, source)
     if mask.data.shape != source.shape or not np.allclose(mask.affine, source.affine, atol=1e-3):
         raise VolumeError(
             f"the mask's grid, {mask.data.shape}, is not the scan's, {source.shape}, or lies elsewhere",
@@ -320,15 +325,3 @@ def _check_bytes(voxels: int, channels: int, max_bytes: int) -> None:
     if 4 * voxels * channels > max_bytes:
         cause = f"{channels} features of {voxels} voxels take {4 * voxels * channels / 2**30:.3g} GiB"
         raise VolumeError(cause, "use grid='model', pooled_features, or a crop of the scan, or raise max_bytes")
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards every module in its mode of before."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

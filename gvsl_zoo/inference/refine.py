@@ -166,16 +166,19 @@ def exponential(velocity: Tensor) -> Tensor:
 
 
 def fit_affine(displacement: Tensor, mask: Tensor) -> Tensor:
-    """The affine map nearest to x + displacement(x) by least squares of the mask, (1, n, n + 1) about the centre."""
+    """The affine map nearest to x + displacement(x) by least squares of the mask, (1, n, n + 1) about the centre.
+
+    Of those that are equally near, as there are along an axis of one voxel, the one nearest to the identity.
+    """
     shape = displacement.shape[2:]
     grid = identity_grid(shape, displacement)
     centre = grid.new_tensor([(size - 1) / 2 for size in shape])[:, None]
     points = grid.flatten(1) - centre  # (n, voxels)
-    wanted = (points + displacement[0].flatten(1)).double()
+    moves = displacement[0].flatten(1).double()
     known = torch.cat([points, torch.ones_like(points[:1])]).double()
-    weight = mask.flatten().double() + 1e-6
-    matrix = torch.linalg.solve((known * weight) @ known.T, (known * weight) @ wanted.T).T
-    return matrix[None].float()
+    weighted = known * (mask.flatten().double() + 1e-6)
+    change = torch.linalg.pinv(weighted @ known.T, hermitian=True) @ (weighted @ moves.T)
+    return (torch.eye(len(shape), len(shape) + 1).to(change) + change.T)[None].float()
 
 
 def affine_on(affine: Tensor, shape: torch.Size, size: torch.Size) -> Tensor:

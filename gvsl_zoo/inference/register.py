@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, VolumeError
-from ..film import FilmPreprocessing, flattened, known_size, lay_frames, on_film, read_for
+from ..film import FilmPreprocessing, flattened, known_size, lay_frames, read_for
 from ..losses import local_correlation
 from ..models.gemini import GEMINI, WholeModule
 from ..spatial import identity_grid, sample
@@ -28,9 +28,9 @@ from ..transforms import (
     to_displacement,
     warp_volume,
 )
-from ..volume import Prepared, Preprocessing, Volume, prepare
+from ..volume import Prepared, Preprocessing, Volume, canonical_view, prepare
 from .correspond import IDENTITY, Described, align, describe
-from .features import body, mask_on_grid, preprocessing_of, recipe_of
+from .features import body, mask_on_grid, preprocessing_of, recipe_of, repeated
 from .refine import Images, Progress, fit, fit_affine
 from .sliding import device_of, evaluate, ready_copy
 
@@ -193,7 +193,7 @@ def match(model: WholeModule, fixed: Tensor, moving: Tensor, mask: Tensor, preci
     GEMINI has no affine head: there the affine is the one nearest to the displacement where the mask says so.
     """
     ready = ready_copy(model)
-    pair = torch.cat([fixed, moving]).to(device_of(model))
+    pair = repeated(torch.cat([fixed, moving]), model).to(device_of(model))
     answer = evaluate(lambda pair: ready(*pair.split(1)), pair, precision)
     if isinstance(model, GEMINI):
         displacement = answer.displacement_ba.float().cpu()
@@ -304,12 +304,10 @@ def _centre_mm(prepared: Prepared, weight: Tensor) -> np.ndarray:
 
 def _spacing(volume: Volume, recipe: Preprocessing) -> tuple[float, float, float]:
     """The model's spacing (z, y, x), or a multiple of it where the scan would have more than MAX_VOXELS."""
-    order = np.argmax(np.abs(volume.affine[:3, :3]), axis=0)
-    extent = np.empty(3)
-    extent[order] = np.array(volume.shape) * np.array(volume.spacing_mm)  # x, y, z
-    wanted = np.array(recipe.spacing_mm or np.array(volume.spacing_mm)[np.argsort(order)][::-1])
-    coarser = max(1.0, float(np.prod(extent[::-1] / wanted) / MAX_VOXELS) ** (1 / 3))
-    z, y, x = (coarser * wanted).tolist()
+    _, own = canonical_view(volume)
+    wanted = np.array(recipe.spacing_mm or own)
+    voxels = np.prod(np.array(volume.shape) * volume.spacing_mm) / np.prod(wanted)
+    z, y, x = (max(1.0, (voxels / MAX_VOXELS) ** (1 / 3)) * wanted).tolist()
     return z, y, x
 
 
@@ -322,8 +320,4 @@ def _counted(prepared: Prepared, mask: Tensor, model: nn.Module) -> Tensor:
 
 def _mask(mask: Scan | None, prepared: Prepared, recipe: Preprocessing | FilmPreprocessing) -> Tensor:
     """The part of every voxel that counts, (1, 1, D, H, W)."""
-    if mask is None:
-        return torch.ones_like(prepared.image)
-    mask = read_for(mask, recipe)
-    mask = on_film(mask, prepared.source) if isinstance(recipe, FilmPreprocessing) else mask
-    return mask_on_grid(mask, prepared)[None, None]
+    return torch.ones_like(prepared.image) if mask is None else mask_on_grid(mask, prepared, recipe)[None, None]

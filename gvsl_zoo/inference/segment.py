@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from ..cluster import connect
-from ..errors import ArgumentError, GvslZooError, VolumeError
+from ..errors import ArgumentError, GvslZooError, VolumeError, listed
 from ..registry import Label
-from ..volume import Prepared, Volume, dicom_files, write_volume
+from ..volume import Prepared, Volume, check_output, check_outputs, dicom_files, write_volume
 from ..weights import write_whole
 from .features import body_level, channels_of, default_window, for_volumes, prepare_for, repeated
 from .sliding import Progress, device_of, ready_copy, sliding_slabs
 
 SUFFIXES = (".nii.gz", ".nii")
+CHANNEL = re.compile(r"_(\d{4})$")  # nnU-Net: NAME_0000.nii.gz is channel 0 of the scan NAME
 Scan = Volume | str | os.PathLike[str]
 
 
@@ -173,24 +174,42 @@ class Job(NamedTuple):
         return {"input": str(self.scans[0]), "output": str(self.output)}
 
 
-def segment_file(job: Job, model: nn.Module, **settings: Any) -> dict[str, Any]:
+def segment_file(
+    job: Job, model: nn.Module, *, labels: Sequence[Label] | None = None, overwrite: bool = False, **settings: Any
+) -> dict[str, Any]:
     """Segment a scan into a file, NAME.nii.gz, and what it holds of every label (`label_volumes`) into NAME.json.
 
     Each is written whole or not at all, and the label map last: where it is, all is done.
 
     Args:
-        settings: of `segment`.
+        labels, settings: of `segment`.
+        overwrite: replace files that are there; a NAME.json of an earlier call is replaced in any case.
 
     Returns: what NAME.json holds: "input", "output", "seconds", "labels".
+    Errors: those of `segment`, and before its work VolumeError for a file that may not be written.
     """
-    began = time.perf_counter()
-    found = segment(job.scans, model, **settings)
-    facts = job.facts | {"seconds": round(time.perf_counter() - began, 3)}
-    facts["labels"] = label_volumes(found, trained_labels(model))
+    began, labels = time.perf_counter(), labels or trained_labels(model)
     job.output.parent.mkdir(parents=True, exist_ok=True)
+    check_outputs([job.output], job.scans, overwrite)
+    check_record(job.output, overwrite)
+    found = segment(job.scans, model, labels=labels, **settings)
+    facts = job.facts | {"seconds": round(time.perf_counter() - began, 3)}
+    facts["labels"] = label_volumes(found, labels)
     write_whole(_stem(job.output, ".json"), json.dumps(facts, indent=2).encode())
     write_volume(found, job.output, overwrite=True)
     return facts
+
+
+def check_record(output: Path, overwrite: bool) -> None:
+    """Refuse a label map beside whose place lies a NAME.json that `segment_file` did not write: a sidecar of BIDS, say.
+
+    Errors: VolumeError.
+    """
+    path, found = _stem(output, ".json"), None
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_bytes())
+    own = isinstance(found, dict) and {"input", "output"} <= found.keys()
+    check_output(path, None, overwrite or own)
 
 
 def segment_folder(
@@ -203,7 +222,7 @@ def segment_folder(
     progress: Progress | None = None,
     **settings: Any,
 ) -> list[dict[str, Any]]:
-    """Segment every scan below a folder; one that cannot be read or used stops no other.
+    """Segment every scan below a folder; one that cannot be read or used, or lacks a channel, stops no other.
 
     Args:
         folder, output: see `find_scans`.
@@ -214,10 +233,11 @@ def segment_folder(
         settings: of `segment`.
 
     Returns: a record a scan: that of `segment_file`, or "input" and "output" with "skipped" or "error".
-    Errors: ArgumentError for a folder without scans, VolumeError without cluster.
+    Errors: ArgumentError as `find_scans` has them, VolumeError without cluster.
     """
     jobs = find_scans(folder, output, channels_of(model))
     records = {job: job.facts | {"skipped": True} for job in jobs if not overwrite and job.output.exists()}
+    settings["overwrite"] = overwrite
     for job, record in _carried_out([job for job in jobs if job not in records], model, settings, cluster):
         records[job] = record
         if progress:
@@ -231,23 +251,42 @@ def find_scans(folder: Path, output: Path, channels: int = 1) -> list[Job]:
     What lies in `output` and what begins with a dot is left out. For a model of several channels NAME_0000.nii.gz,
     NAME_0001.nii.gz, ... are one scan, as for nnU-Net.
 
-    Errors: ArgumentError when there is none, or when two scans would become one label map.
+    Errors: ArgumentError when there is none, when two scans would become one label map, or for an output that is the
+        folder itself.
     """
+    out = output.resolve()
+    if out == folder.resolve():
+        raise ArgumentError(f"{str(output)!r} is the folder of the scans", "give the label maps another folder")
     found: dict[Path, list[Path]] = {}
     for root, folders, names in os.walk(folder):
         here = Path(root)
-        folders[:] = sorted(name for name in folders if name[0] != "." and here / name != output)
+        folders[:] = sorted(name for name in folders if name[0] != "." and (here / name).resolve() != out)
         scans = [here / name for name in sorted(names) if name[0] != "." and name.endswith(SUFFIXES)]
         for scan in [here] if here != folder and dicom_files(here) else scans:
-            target = _stem(output / scan.relative_to(folder), ".nii.gz")
-            if channels > 1:
-                target = target.with_name(re.sub(r"_\d{4}\.nii\.gz$", ".nii.gz", target.name))
-            found.setdefault(target, []).append(scan)
+            stem = _stem(output / scan.relative_to(folder), "")
+            name = CHANNEL.sub("", stem.name) if channels > 1 else stem.name
+            found.setdefault(stem.with_name(f"{name}.nii.gz"), []).append(scan)
     if not found:
-        raise ArgumentError(f"{str(folder)!r} holds no .nii, .nii.gz or DICOM file", "give the folder of the scans")
+        raise ArgumentError(
+            f"{str(folder)!r} holds no .nii, .nii.gz or DICOM file", "give a folder of scans; films one a call"
+        )
     if channels == 1 and (twice := [scans for scans in found.values() if len(scans) > 1]):
         raise ArgumentError(f"{' and '.join(map(str, twice[0]))} would become one label map", "rename one")
     return [Job(tuple(scans), path) for path, scans in found.items()]
+
+
+def _check_channels(job: Job, channels: int) -> None:
+    """Refuse a scan that lacks the file of a channel: those that there are would silently stand for it."""
+    names = [_stem(scan, "").name for scan in job.scans]
+    numbers = [int(match[1]) if (match := CHANNEL.search(name)) else None for name in names]
+    if channels == 1 or numbers in ([None], list(range(channels))):
+        return
+    wanted = [f"{_stem(job.output, '').name}_{number:04}" for number in range(channels)]
+    missing = [] if None in numbers else [name for name in wanted if name not in names]
+    raise ArgumentError(
+        f"{listed([scan.name for scan in job.scans])} for a model of {channels} channels",
+        f"add {listed(missing)}" if missing else f"keep one file a channel: {listed(wanted)}",
+    )
 
 
 def _stem(path: Path, suffix: str) -> Path:
@@ -276,6 +315,7 @@ def _carried_out(
 def _tried(job: Job, model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
     """The record of a scan now segmented, or why it cannot be."""
     try:
+        _check_channels(job, channels_of(model))
         return segment_file(job, model, **settings)
     except Exception as error:  # ITK raises whatever it likes
         kind = "" if isinstance(error, GvslZooError) else f"{type(error).__name__}: "

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ SUMMED = 2**15  # numbers at once, in float32: fewer take longer, more lose digi
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the axes of a tensor
 
 Progress = Callable[[int, int], None]  # windows done, windows in all
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Window(NamedTuple):
@@ -105,10 +106,14 @@ def evaluate(function: Callable[[Tensor], Any], patch: Tensor, precision: str = 
 
 
 class QuickConv3d(nn.Conv3d):
-    """A convolution in float32 that always goes through oneDNN; PyTorch has a slower way for small images."""
+    """A convolution in float32 that always goes through oneDNN; PyTorch has a slower way for small images.
+
+    Padding that is not a number of zeros goes the usual way.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        zeros = self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        if not zeros or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         settings = (self.padding, self.stride, self.dilation, self.groups)
         out: Tensor = torch.ops.aten.mkldnn_convolution(x, self.weight, self.bias, *settings)
@@ -145,9 +150,13 @@ QUICKER: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def ready_copy(module: nn.Module) -> nn.Module:
-    """A copy of a module for many windows, in evaluation mode; on an x86 CPU channels-last, its layers `QUICKER`."""
-    copy = deepcopy(module, {id(buffer): buffer for buffer in module.buffers()}).eval()  # nothing writes to these
+def ready_copy(module: Module) -> Module:
+    """A copy of a module for many windows, in float32 and evaluation mode, whatever the module's own.
+
+    On an x86 CPU it is channels-last, its layers `QUICKER`.
+    """
+    copy = deepcopy(module, {id(buffer): buffer for buffer in module.buffers()})  # nothing writes to these
+    copy.float().eval()
     if device_of(copy).type != "cpu" or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return copy
     for layer in copy.modules():

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, VolumeError
 from ..models.backbone import Backbone, FeatureList
 from ..models.heads import HeadedModel
-from ..volume import Preprocessing
+from ..volume import READ_AGAIN, InputWarning, Preprocessing
 
 
 class ForMonai(nn.Module):
@@ -74,7 +75,19 @@ def with_scaled(case: dict[str, Any], key: str, recipe: Preprocessing) -> dict[s
 
 
 def scaled(image: Tensor, recipe: Preprocessing) -> Tensor:
-    """Intensities clipped to the recipe's window and mapped onto its scale."""
+    """Intensities clipped to the recipe's window and mapped onto its scale.
+
+    NaN and infinity count as the smallest finite value, with a warning (InputWarning).
+
+    Errors: VolumeError for an image without any finite value.
+    """
+    finite = image.isfinite()
+    if not finite.all():
+        if not finite.any():
+            raise VolumeError("no voxel has a finite value", READ_AGAIN)
+        image = image.where(finite, image[finite].min())
+        text = f"{int((~finite).sum())} of {finite.numel()} voxels were NaN or infinite and are now the smallest value"
+        warnings.warn(text, InputWarning, stacklevel=2)
     floor = 0.0 if recipe.unit == "arbitrary" else -torch.inf
     low, high = (
         max(floor, float(extreme)) if end is None else end

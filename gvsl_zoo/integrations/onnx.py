@@ -1,7 +1,8 @@
-"""ONNX: a loaded model as one file for onnxruntime, for any batch and size, with its recipe and licence inside."""
+"""ONNX: a loaded model as one file for onnxruntime, with its recipe and licence inside."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -29,12 +30,12 @@ AXES = ("depth", "height", "width")
 def export_onnx(
     model: nn.Module, path: str | os.PathLike[str], *, shape: Sequence[int] | None = None, overwrite: bool = False
 ) -> Path:
-    """Write a loaded model as an ONNX file.
+    """Write a loaded model as an ONNX file, in evaluation mode and float32 whatever the model stands in.
 
-    Input `image` (B, C, *spatial), outputs `features`, `logits`, or the levels' names of a feature list; batch and
-    sizes are free. A registration model takes `fixed` and `moving` and gives what it returns, for one pair of one
-    shape: its geometry is computed from the size of the grid. The file's metadata hold the entry (`gvsl_zoo`) and the
-    recipe of the input (`preprocessing`) as JSON.
+    Input `image` (B, C, *spatial), outputs `features`, `logits`, or the levels' names of a feature list; a U-Net's
+    batch and sizes are free. A registration model takes `fixed` and `moving` and gives what it returns, for one pair of
+    one shape: its geometry is computed from the size of the grid. The file's metadata hold the entry (`gvsl_zoo`) and
+    the recipe of the input (`preprocessing`) as JSON.
 
     Args:
         path: of the file, .onnx.
@@ -47,6 +48,10 @@ def export_onnx(
     path = Path(path)
     if path.exists() and not overwrite:
         raise WeightsError(f"{path} exists already", "choose another name, or pass overwrite=True (--overwrite)")
+    if not path.parent.is_dir():
+        raise WeightsError(f"the folder {path.parent} does not exist", "make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise WeightsError(f"the folder {path.parent} may not be written to", "choose another folder")
     if isinstance(model, WholeModule) and shape is None:
         raise ArgumentError("registration computes its grid from the image's size", "give shape=(D, H, W)")
     if isinstance(backbone, XMorpher) and shape is None:
@@ -66,10 +71,10 @@ def export_onnx(
 
 
 def _program(model: nn.Module, backbone: Backbone, inputs: Sequence[str], shape: Sequence[int] | None) -> Any:
-    parameter = next(model.parameters())
+    model = copy.deepcopy(model).to("cpu", torch.float32).eval()  # the caller's may be training, in half or on a GPU
     size = shape or EXAMPLE[-backbone.ndim :]
     batch = 2 if shape is None else 1
-    examples = [torch.rand(batch, backbone.in_chans, *size).to(parameter) for _ in inputs]  # one for two: one input
+    examples = [torch.rand(batch, backbone.in_chans, *size) for _ in inputs]  # one for two: one input
     free = {0: "batch"} | {2 + i: name for i, name in enumerate(AXES[-backbone.ndim :])}
     with torch.no_grad():
         return torch.onnx.export(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -63,9 +64,11 @@ class Conv3d(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         # PyTorch 2.13 on the CPU: the weight gradient in bf16 is uninitialised memory where the depth is 2
-        if torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and x.shape[2] == 2:
+        half = self.weight.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+        if half and x.device.type == "cpu" and x.shape[2] == 2:
             with torch.autocast("cpu", enabled=False):
-                return super().forward(x.float())
+                bias = None if self.bias is None else self.bias.float()
+                return self._conv_forward(x.float(), self.weight.float(), bias).to(self.weight.dtype)
         return super().forward(x)
 
 
@@ -227,7 +230,8 @@ class Backbone(nn.Module):
     def forward_intermediates(self, x: Tensor, indices: Sequence[int] | None = None) -> list[Tensor]:
         """Feature maps at `indices` of `levels` (default: the encoder's), each (B, C, *ceil(spatial / reduction)).
 
-        Nothing behind the last map asked for is computed.
+        Nothing behind the last map asked for is computed. Voxel i of a map stands for voxels i * reduction onwards of
+        the image, to half a voxel of the map: the padding in front may be no whole number of those.
         """
         wanted = level_indices(self.levels, self.encoder_levels, indices)
         padded, front = self._padded(x)
@@ -236,7 +240,7 @@ class Backbone(nn.Module):
         for i in wanted:
             step = self.levels[i].reduction
             shape = [(s + step - 1) // step for s in x.shape[2:]]  # in an ONNX file -(-s // step) would round down
-            out.append(crop(maps[i], [f // step for f in front], shape))
+            out.append(crop(maps[i], [(2 * f + step) // (2 * step) for f in front], shape))
         return out
 
     # -- how it is trained ---------------------------------------------------------------------------------
@@ -266,10 +270,14 @@ class Backbone(nn.Module):
         """The parameters that a level is the first to need."""
         return [p for name in (*level.beside, level.module) for p in self.get_submodule(name).parameters()]
 
-    def parameter_groups(self, lr: float, layer_decay: float = 1.0) -> list[dict]:
-        """Optimiser groups, one a level: the last level learns at `lr`, each one before at `layer_decay` of it."""
+    def parameter_groups(self, lr: float, layer_decay: float = 1.0, last: int | None = None) -> list[dict]:
+        """Optimiser groups, one a level: the last level learns at `lr`, each one before at `layer_decay` of it.
+
+        Args:
+            last: index into `levels` of the last one that is used; those behind get no gradient and are left out.
+        """
         groups = []
-        for depth, level in enumerate(reversed(self.levels)):
+        for depth, level in enumerate(reversed(self.levels[: None if last is None else last + 1])):
             parameters = [p for p in self.level_parameters(level) if p.requires_grad]
             if parameters:
                 groups.append({"params": parameters, "lr": lr * layer_decay**depth, "name": level.module})
@@ -280,18 +288,30 @@ def level_indices(levels: FeatureInfo, encoder_levels: int, indices: Sequence[in
     """Indices into `levels` (default: the encoder's), negative ones counted from the end of the encoder."""
     if indices is None:
         return list(range(encoder_levels))
-    wanted = [i + encoder_levels if i < 0 else i for i in indices]
+    given = whole_numbers(indices)
+    wanted = [i + encoder_levels if i < 0 else i for i in given]
     if not wanted or min(wanted) < 0 or max(wanted) >= len(levels):
         raise ArgumentError(
-            f"feature levels {tuple(indices)} asked for, but this model has {len(levels)}: "
+            f"feature levels {given} asked for, but this model has {len(levels)}: "
             + ", ".join(f"{i} {level.module}" for i, level in enumerate(levels)),
             "choose among those",
         )
     return wanted
 
 
+def whole_numbers(indices: Sequence[int]) -> tuple[int, ...]:
+    """Indices of any integer type as plain numbers; ArgumentError for anything else."""
+    try:
+        return tuple(map(operator.index, indices))
+    except TypeError:
+        raise ArgumentError(f"feature levels {indices!r}", "give a sequence of whole numbers, such as (0, 2)") from None
+
+
 class FeatureList(nn.Module):
     """A backbone whose forward pass returns a list of feature maps: what decoders of other libraries take.
+
+    Levels of the backbone behind the last one asked for take no part and get no gradient, but keep `requires_grad`,
+    because the backbone may serve elsewhere too: DistributedDataParallel wants `find_unused_parameters=True` for them.
 
     Args:
         backbone: its parameters are shared, not copied.
@@ -310,3 +330,21 @@ class FeatureList(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Feature maps of x (B, C, *spatial), each (B, C_i, *ceil(spatial / reduction_i))."""
         return self.backbone.forward_intermediates(x, self.out_indices)
+
+    def freeze(self) -> FeatureList:
+        """Stop gradients to every parameter and keep evaluation mode, also through a later `train()`."""
+        self.backbone.freeze()
+        return self.eval()
+
+    def unfreeze(self) -> FeatureList:
+        """Undo `freeze`."""
+        self.backbone.unfreeze()
+        return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """The backbone's."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    def parameter_groups(self, lr: float, layer_decay: float = 1.0) -> list[dict]:
+        """The backbone's groups up to the last level asked for, which learns at `lr`."""
+        return self.backbone.parameter_groups(lr, layer_decay, max(self.out_indices))

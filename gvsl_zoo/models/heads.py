@@ -27,6 +27,10 @@ class HeadedModel(nn.Module):
     def _make_head(self, num_classes: int, device: torch.device | str | None) -> nn.Module:
         raise TypeError(f"{type(self).__name__} does not say what its head is")
 
+    def _last_level(self) -> int:
+        """Index of the backbone's level that the head sees."""
+        return len(self.backbone.levels) - 1
+
     def reset_head(
         self,
         num_classes: int,
@@ -47,7 +51,7 @@ class HeadedModel(nn.Module):
     def parameter_groups(self, lr: float, layer_decay: float = 1.0) -> list[dict]:
         """The backbone's groups with rates falling towards its input, and the head at `lr`."""
         head = {"params": list(self.head.parameters()), "lr": lr, "name": "head"}
-        return [*self.backbone.parameter_groups(lr * layer_decay, layer_decay), head]
+        return [*self.backbone.parameter_groups(lr * layer_decay, layer_decay, self._last_level()), head]
 
 
 class SegmentationModel(HeadedModel):
@@ -66,6 +70,9 @@ class ClassificationModel(HeadedModel):
 
     def _make_head(self, num_classes: int, device: torch.device | str | None) -> nn.Module:
         return Linear(self.backbone.feature_info[-1].channels, num_classes, device=device)
+
+    def _last_level(self) -> int:
+        return self.backbone.encoder_levels - 1
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) of x (B, C, *spatial)."""

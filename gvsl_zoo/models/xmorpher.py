@@ -120,7 +120,7 @@ def _parts(x: Tensor, windows: Tensor) -> tuple[list[slice], Tensor, Tensor]:
     """
     (n, around), numbers = windows.shape, x[0].numel()
     step = min(n, max(1, GATHERED // (2 * around * numbers)) if x.device.type == "cpu" else WINDOWS)
-    return [slice(i, i + step) for i in range(0, n, step)], *x.new_empty(2, step * around, numbers)
+    return [slice(i, i + step) for i in range(0, n, step)], *x.new_empty((2, step * around, numbers))
 
 
 class _WindowAttention(torch.autograd.Function):
@@ -145,7 +145,7 @@ class _WindowAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, windows, mask = ctx.saved_tensors
         wide = torch.promote_types(q.dtype, torch.float32)
-        grad_q, (grad_k, grad_v) = torch.empty_like(q), k.new_zeros(2, len(k), k[0].numel(), dtype=wide)
+        grad_q, (grad_k, grad_v) = torch.empty_like(q), k.new_zeros((2, len(k), k[0].numel()), dtype=wide)
         parts, *spaces = _parts(k, windows)
         for part in parts:
             near = (gathered(x, windows[part], space) for x, space in zip((k, v), spaces, strict=True))
@@ -219,7 +219,7 @@ class Block(nn.Module):
     def _kept(self, x: Tensor) -> Tensor:
         if not self.training or not self.drop_path:
             return x
-        kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.drop_path)
+        kept = x.new_empty((len(x), *[1] * (x.ndim - 1))).bernoulli_(1 - self.drop_path)
         return x * (kept / (1 - self.drop_path))
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import types
+from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..errors import ArgumentError
 
@@ -14,6 +17,8 @@ PairMode = Literal["self", "cross", "mixed"]
 Unit = Literal["HU", "arbitrary", "grey"]
 UNITS: dict[int, tuple[Unit, ...]] = {3: ("HU", "arbitrary"), 2: ("grey", "arbitrary")}  # by axes; the first is default
 SHARES = ("synthetic_share", "damage_share", "views", "apart", "bent")  # of pairs
+LONGEST_RAMP = 3000  # steps, unless told otherwise
+MEANINGS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
 Config = TypeVar("Config", bound="RunConfig")
 
 
@@ -31,15 +36,44 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
-        """Settings as JSON has them: tuples are lists there."""
+        """Settings as JSON has them: tuples are lists there.
+
+        Raises: ArgumentError for a name that there is not, or a value of another type than the field's.
+        """
         known = {field.name for field in fields(cls)}
         if unknown := sorted(values.keys() - known):
             raise ArgumentError(f"unknown settings {', '.join(unknown)}", "they may be of a newer gvsl-zoo: upgrade it")
         plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        kinds = get_type_hints(cls)
+        for key, value in plain.items():
+            if not _fits(value, kinds[key]):
+                raise ArgumentError(f"{key} {value!r} in the settings of a run", f"give {_meaning(kinds[key])}")
         try:
             return cls(**plain)
         except TypeError as error:
             raise ArgumentError(f"settings of the wrong kind ({error})", f"see {cls.__name__}") from None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is what a field's annotation says; a whole number is a float too, a bool is no number."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        return isinstance(value, tuple) and value != () and all(_fits(item, args[0]) for item in value)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _meaning(kind: Any) -> str:
+    """What a field takes, in words."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_meaning, args))
+    if origin is Literal:
+        return " or ".join(args)
+    return f"a list of {_meaning(args[0]).removeprefix('a ')}s" if origin is tuple else MEANINGS[kind]
 
 
 @dataclass(frozen=True)
@@ -55,7 +89,9 @@ class PretrainConfig(RunConfig):
     unit: of the scans: "HU" (the default) or "arbitrary" (MR); of films "grey" (the default) or "arbitrary".
     batch_size: pairs a process and forward pass; accumulate: forward passes a step.
     synthetic_share: share of pairs from synthetic anatomy while scans are given too; without scans all are synthetic.
-    ramp_steps: over these the task hardens: synthetic subjects go from alike to fully varied, and scans come in.
+    ramp_steps: over these the task hardens: synthetic subjects go from alike to fully varied, and scans come in among
+        them (with synthetic_share 0 all pairs are of scans from the first step on). Default a quarter of the steps, at
+        most 3000; 0 for none.
     damage_share: share of pairs whose fixed image is damaged; the others are matched and restored as they are. GEMINI
         matches all as they are, and restores all.
     ncc, smoothness, restoration, deformation, positive: weights of the terms, in units of the paper's: all 1 in GVSL
@@ -82,7 +118,7 @@ class PretrainConfig(RunConfig):
     batch_size: int = 1
     accumulate: int = 1
     synthetic_share: float = 0.5
-    ramp_steps: int = 3000
+    ramp_steps: int | None = None
     damage_share: float = 0.5
     ncc: float = 1.0
     smoothness: float = 1.0
@@ -112,6 +148,10 @@ class PretrainConfig(RunConfig):
             (self.backbone == "unet" and self.window is not None, f"window {self.window} with a U-Net"),
             (self.ndim != len(self.crop) or min(self.crop) < 16, f"crop {self.crop} with ndim {self.ndim}"),
             (min(self.steps, self.batch_size, self.accumulate, self.save_every, self.keep_last) < 1, "a count below 1"),
+            ((self.ramp_steps or 0) < 0, f"ramp_steps {self.ramp_steps}"),
+            (not 0 < self.spacing_mm < math.inf, f"spacing_mm {self.spacing_mm}"),
+            (not 0 <= self.learning_rate < math.inf, f"learning_rate {self.learning_rate}"),
+            (not self.clip_norm > 0, f"clip_norm {self.clip_norm}"),
             (not 0 <= self.ema < 1, f"ema {self.ema}"),
             *((not 0 <= getattr(self, n) <= 1, f"{n} {getattr(self, n)}") for n in SHARES),
             (not 1 <= self.scales <= 4, f"scales {self.scales}"),
@@ -121,6 +161,11 @@ class PretrainConfig(RunConfig):
         ):
             if wrong:
                 raise ArgumentError(f"{what} in the settings of a run", "see gvsl_zoo.pretrain.config.PretrainConfig")
+
+    @property
+    def steps_of_ramp(self) -> int:
+        """Steps over which the task hardens."""
+        return min(self.steps // 4, LONGEST_RAMP) if self.ramp_steps is None else self.ramp_steps
 
     @property
     def known(self) -> bool:
@@ -191,19 +236,19 @@ def settings_of(preset: str, steps: int, named: dict[str, Any], others: tuple[st
         values = values | {"width": XMORPHER_WIDTH[values.get("width", 8)]}
     values = values | changes
     if isinstance(values.get("crop"), int):
-        values["crop"] = (values["crop"],) * values.get("ndim", 3)
+        values["crop"] = (values["crop"],) * (2 if values.get("ndim") == 2 else 3)
     return PretrainConfig.from_dict({"steps": steps} | values)
 
 
 def parse_settings(texts: tuple[str, ...]) -> dict[str, Any]:
-    """Settings written as "name=value", the value as JSON has it, or a word."""
+    """Settings written as "name=value", the value as JSON or as Python has it (.5, True), or a word."""
     values: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
-        try:
-            values[name] = json.loads(value.lower() if value in ("True", "False") else value)
-        except ValueError:
-            values[name] = value
+        values[name] = value
+        for read in (float, json.loads):  # what JSON knows it tells better: whole numbers
+            with suppress(ValueError):
+                values[name] = read(value.lower() if value in ("True", "False") else value)
         if not equals:
             raise ArgumentError(f"{text!r} is no setting", "write name=value")
     return values

@@ -195,8 +195,8 @@ class Pairs(Dataset[Pair]):
         config = self.config
         generator = seeded("cpu", config.seed, 0, number)
         step = number // self.pairs_a_step
-        difficulty = min(1.0, step / config.ramp_steps) if config.ramp_steps else 1.0
-        scans = (1 - config.synthetic_share) * difficulty
+        difficulty = min(1.0, step / config.steps_of_ramp) if config.steps_of_ramp else 1.0
+        scans = (1 - config.synthetic_share) * (difficulty if config.synthetic_share else 1.0)
         if self.real is not None and float(torch.rand(1, generator=generator)) < scans:
             fixed, moving = self.real.draw(generator)
             if config.views and float(torch.rand(1, generator=generator)) < config.views:
@@ -234,6 +234,11 @@ class Numbers:
                 yield list(range(start, start + self.batch_size))
 
 
+def processes_started() -> int:
+    """How many processes a launcher such as torchrun started together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def open_data(data: str, config: PretrainConfig, out: Path | None) -> PairSource | None:
     """Pairs of the scans in a store, a folder or a URL, or in a folder of files, which becomes the store `out`/store.
 
@@ -244,7 +249,7 @@ def open_data(data: str, config: PretrainConfig, out: Path | None) -> PairSource
     if data == "synthetic":
         return None
     if not is_url(data) and Path(data).is_dir() and not (Path(data) / "store.json").exists():
-        if out is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if out is None or processes_started() > 1:
             cause = "several processes start" if out else "a dry run writes none"
             raise ArgumentError(f"{data} is no store, and {cause}", "run gvsl-zoo prepare first")
         prepare_store(Path(data), out / "store", spacing_mm=config.spacing_mm, unit=config.scan_unit, ndim=config.ndim)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from ..errors import ArgumentError
 from .config import PretrainConfig
-from .data import PairSource
+from .data import PairSource, processes_started
 from .learner import Record
 from .loop import build, pretrain
 
@@ -23,9 +24,14 @@ class Enough(Exception):
 def estimate(
     config: PretrainConfig, real: PairSource | None, device: str, workers: int, steps: int = 3
 ) -> dict[str, Any]:
-    """Time and memory of a run, from a few of its steps, which are thrown away."""
+    """Time and memory of a run, from a few of its steps as they are after the ramp, which are thrown away.
+
+    Raises: ArgumentError in one of several processes.
+    """
     import resource
 
+    if (processes := processes_started()) > 1:
+        raise ArgumentError(f"a dry run of {processes} processes", "run it with one, without torchrun")
     seconds: list[float] = []
 
     def note(record: Record) -> None:
@@ -33,7 +39,7 @@ def estimate(
         if len(seconds) == steps:
             raise Enough
 
-    short = replace(config, steps=steps + 1, save_every=steps + 1)
+    short = replace(config, steps=steps + 1, save_every=steps + 1, ramp_steps=0)
     with TemporaryDirectory() as folder, suppress(Enough):
         pretrain(short, Path(folder), real, device=device, workers=workers, progress=note)
     on_gpu = torch.cuda.is_available() and device != "cpu"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import ArgumentError, TrainingError
+from ..errors import ArgumentError, GvslZooError, TrainingError
 from .config import RunConfig
 from .data import Numbers
 from .run import State, Tensors
@@ -154,10 +154,13 @@ class Learner(Generic[Model]):
         parts: dict[str, Tensors] = {"model": self.model.state_dict(), "optimizer": moments}
         return parts if self.averaged is None else parts | {"ema": self.averaged.state_dict()}
 
-    def restore(self, state: State | None, items_a_step: int) -> int:
+    def restore(self, state: State | None, items_a_step: int, data: str | None = None) -> int:
         """Put a checkpoint back; return its step, 0 without one.
 
-        Raises: ArgumentError if its steps took another number of pairs or patches.
+        Args:
+            data: what the run learns from, as `State` has it.
+
+        Raises: ArgumentError if its steps took another number of pairs or patches, or learned from other data.
         """
         if state is None:
             return 0
@@ -165,6 +168,11 @@ class Learner(Generic[Model]):
             raise ArgumentError(
                 f"the run took {state.pairs_a_step} pairs a step, these processes take {items_a_step}",
                 "keep processes x batch_size x accumulate the same, so that the order of the data is",
+            )
+        if None not in (state.data, data) and state.data != data:
+            raise ArgumentError(
+                "the run learned from other data",
+                "give the same --data; to go on with other scans, start another run with --init RUN",
             )
         self.model.load_state_dict(state.tensors["model"])
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -204,7 +212,10 @@ def schedule(step: int, steps: int, warmup_steps: int) -> float:
 
 
 def make_accelerator(device: str) -> Any:
-    """Processes and device; the data are dealt out by number, so accelerate only carries model and gradients."""
+    """Processes and device; the data are dealt out by number, so accelerate only carries model and gradients.
+
+    A loss goes backward without it: by its launcher's settings it would divide or scale the loss.
+    """
     try:
         from accelerate import Accelerator
         from accelerate.utils import DistributedType
@@ -214,7 +225,8 @@ def make_accelerator(device: str) -> Any:
         raise ArgumentError(f"device {device!r} for a run", "give auto, cpu or cuda; torchrun deals out several")
     if device == "cuda" and not torch.cuda.is_available():
         raise ArgumentError("this machine has no CUDA device", "give auto or cpu")
-    accelerator = Accelerator(cpu=device == "cpu" or not torch.accelerator.is_available())
+    cpu = device == "cpu" or not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # whatever its launcher says: the settings decide
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ArgumentError(
             f"accelerate is to shard the model ({accelerator.distributed_type.value}), and a run cannot",
@@ -223,16 +235,30 @@ def make_accelerator(device: str) -> Any:
     return accelerator
 
 
+class Delivered(Dataset[Any]):
+    """Items by their number, and in place of one the package's own error: a worker's would arrive as a traceback."""
+
+    def __init__(self, items: Dataset[Any]) -> None:
+        self.items = items
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self.items[number]
+        except GvslZooError as error:
+            return error
+
+
 def drawn(
     items: Dataset[Item], numbers: Numbers, workers: int, device: torch.device
 ) -> Generator[tuple[list[int], list[Item]], None, None]:
     """The items of a process, a list a forward pass, with their numbers, drawn ahead by `workers` processes.
 
-    These live until it is closed, whatever signals reach them.
+    These live until it is closed, whatever signals reach them. An error of the package that one of them meets is raised
+    here, as it is.
     """
     ended = RawValue("b", 0)
     loader = DataLoader(
-        items,
+        Delivered(items),
         batch_sampler=numbers,
         num_workers=workers,
         collate_fn=list,
@@ -240,9 +266,12 @@ def drawn(
         worker_init_fn=partial(outlast_signals, ended),
         generator=torch.Generator(),  # its own: a step's draws do not depend on which step was the first
     )
-    batches = zip(numbers, loader, strict=True)
     try:
-        yield from batches
+        for batch, found in zip(numbers, loader, strict=True):
+            for item in found:
+                if isinstance(item, GvslZooError):
+                    raise item
+            yield batch, found
     finally:
         ended.value = 1  # before the loader goes, and terminates those that are late
 

@@ -59,19 +59,20 @@ def pretrain(
         progress: called after every step with what the log receives.
 
     Raises: TrainingError for a loss that is not finite, a folder in use or a full disk; ArgumentError for other
-        settings than those of the run so far. SystemExit(143) after SIGTERM and SystemExit(130) after SIGINT, with a
-        checkpoint written; KeyboardInterrupt, without one, after a second SIGINT.
+        settings or data than those of the run so far. SystemExit(143) after SIGTERM and SystemExit(130) after SIGINT,
+        with a checkpoint written; KeyboardInterrupt, without one, after a second SIGINT.
     """
     accelerator = make_accelerator(device)
     learner = make_learner(build(config, init), config, accelerator)
     pairs_a_step = config.batch_size * config.accumulate * accelerator.num_processes
-    main, run = accelerator.is_main_process, Run(out, config)
+    main, run, data = accelerator.is_main_process, Run(out, config), fingerprint_of_pairs(real)
 
     with stop_signals() as stop, run.locked() if main else nullcontext():
         accelerator.wait_for_everyone()
         state = run.latest()
-        first = learner.restore(state, pairs_a_step)
-        entry = state.entry if state else with_start(describe(config, out.name, learner.model), init)
+        first = learner.restore(state, pairs_a_step, data)
+        entry = describe(config, out.name, learner.model)
+        entry = replace(state.entry, training=entry.training) if state else with_start(entry, init)
         entry = replace(entry, ledger=joined(entry.ledger, ledger_of_pairs(real)))
         tasks = [
             accelerator.prepare(torch.compile(task) if config.compile else task) for task in learner.task.children()
@@ -80,7 +81,7 @@ def pretrain(
             closing(draw(config, real, first, workers, accelerator)) as batches,
             tensorboard(out, first) if main else nullcontext() as board,
         ):
-            journal = Journal(run, config, learner, entry, pairs_a_step, board, progress, stop)
+            journal = Journal(run, config, learner, entry, pairs_a_step, data, board, progress, stop)
             if main:
                 run.truncate_log(first)
             take = partial(forward_backward, tasks, batches, config, accelerator)
@@ -131,7 +132,7 @@ def forward_backward(
             with nullcontext() if last else accelerator.no_sync(task):
                 terms = task(batch, seeded(device, config.seed, 3, number))
                 shares = {name: term / config.accumulate for name, term in terms.items()}
-                accelerator.backward(sum(shares.values(), torch.zeros((), device=device)))
+                sum(shares.values(), torch.zeros((), device=device)).backward()
             means = {name: means.get(name, 0.0) + share.detach() for name, share in shares.items()}
         yield means
 
@@ -178,6 +179,11 @@ def ledger_of_pairs(real: PairSource | None) -> Ledger:
     return real.store.ledger if isinstance(real, StorePairs) else Ledger(complete=real is None)
 
 
+def fingerprint_of_pairs(real: PairSource | None) -> str | None:
+    """What tells whether a run goes on with the data that it learned from; None where nothing does."""
+    return real.store.fingerprint if isinstance(real, StorePairs) else "synthetic" if real is None else None
+
+
 def make_learner(model: WholeModule, config: PretrainConfig, accelerator: Any) -> Learner[WholeModule]:
     """The module on its device, with the paper's optimizer, one for all tasks."""
     task = torch.nn.ModuleList(tasks_of(model, config)).to(accelerator.device).train()
@@ -207,6 +213,7 @@ class Journal:
     learner: Learner[WholeModule]
     entry: ModelEntry
     pairs_a_step: int
+    data: str | None
     board: Any
     progress: Callable[[Record], None] | None
     stop: Stop
@@ -225,7 +232,7 @@ class Journal:
             for name, value in record.items():
                 self.board.add_scalar(name, value, step)
         if taken.saving:
-            self.run.save(State(step, self.pairs_a_step, self.learner.snapshot(), self.entry))
+            self.run.save(State(step, self.pairs_a_step, self.learner.snapshot(), self.entry, self.data))
         if taken.saving and not hurried():
             draw_run(model, self.config, self.run.folder)
         if self.progress:

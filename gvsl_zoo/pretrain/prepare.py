@@ -321,7 +321,7 @@ def _carried_out(jobs: Iterable[_Job], workers: int, cluster: str | None) -> Ite
         finally:
             _leave_shard()
         return
-    with _executor(workers, cluster) as (executor, window):
+    with _executor(workers, cluster) as (executor, window, died):
         jobs, waiting = iter(jobs), dict[Future[Record], str]()
         try:
             while True:
@@ -332,8 +332,9 @@ def _carried_out(jobs: Iterable[_Job], workers: int, cluster: str | None) -> Ite
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     yield future.result()
                     del waiting[future]
-        except BrokenExecutor:
-            at = listed([repr(path) for path in islice(waiting.values(), workers)])
+        except died:
+            lost = islice(waiting.values(), workers) if cluster is None else [waiting[future]]
+            at = listed([repr(path) for path in lost])
             remedy = "out of memory? Use fewer workers; the same call goes on where it stopped"
             raise VolumeError(f"a worker process died while at {at}", remedy) from None
         finally:
@@ -342,18 +343,20 @@ def _carried_out(jobs: Iterable[_Job], workers: int, cluster: str | None) -> Ite
 
 
 @contextmanager
-def _executor(workers: int, cluster: str | None) -> Iterator[tuple[Executor, int]]:
-    """Processes of this machine or of a cluster, and how many jobs keep them busy."""
+def _executor(workers: int, cluster: str | None) -> Iterator[tuple[Executor, int, type[Exception]]]:
+    """Processes of this machine or of a cluster, how many jobs keep them busy, and what says that one of them died."""
     if cluster is None:
         # torch's threads do not survive a fork of this process; that of a server which has only imported it is safe
         server = "forkserver" in multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("forkserver" if server else "spawn")
         context.set_forkserver_preload([__name__])
         with ProcessPoolExecutor(workers, context, _end_with_parent) as executor:
-            yield executor, 4 * workers
+            yield executor, 4 * workers, BrokenExecutor
         return
     with connect(cluster) as client, client.get_executor(pure=False) as executor:
-        yield executor, max(16, 4 * sum(client.nthreads().values()))
+        from distributed import KilledWorker
+
+        yield executor, max(16, 4 * sum(client.nthreads().values())), KilledWorker
 
 
 def _end_with_parent() -> None:

@@ -1,7 +1,7 @@
 """The folder of a run, of pre-training or fine-tuning: its settings, log, checkpoints and lock.
 
 RUN/
-    config.json              settings
+    config.json              settings; batch_size and accumulate as of the last checkpoint
     log.jsonl                a line a step
     checkpoints/00000250/    model, optimizer, ema (averaged weights), best (on validation) as safetensors; state.json:
                              their hashes
@@ -34,16 +34,21 @@ from .config import RunConfig
 
 STATE_VERSION = 1
 STATE, LOG, SETTINGS = "state.json", "log.jsonl", "config.json"
+DEALT = ("batch_size", "accumulate")  # free when a run goes on, as the number of processes is: `pairs_a_step` stays
 Tensors = Mapping[str, Tensor]  # by name
 
 
 class State(NamedTuple):
-    """What a checkpoint holds, tensors by file and name: model, optimizer, perhaps ema and best; the model's entry."""
+    """What a checkpoint holds, tensors by file and name: model, optimizer, perhaps ema and best; the model's entry.
+
+    data: what tells the data that the run learned from; None where nothing does.
+    """
 
     step: int
     pairs_a_step: int
     tensors: dict[str, Tensors]
     entry: ModelEntry
+    data: str | None = None
 
 
 class Run:
@@ -77,14 +82,17 @@ class Run:
             defaults = {field.name: field.default for field in fields(self.config) if field.default is not MISSING}
             given, before = (json.loads(json.dumps(values)) for values in (given, defaults))
             before |= _read_json(path)  # an earlier version knew fewer
-            changed = {key: (before.get(key), value) for key, value in given.items() if before.get(key) != value}
+            changed = [key for key, value in given.items() if before.get(key) != value and key not in DEALT]
             if changed:
-                listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
+                listed = ", ".join(f"{key} {before.get(key)} -> {given[key]}" for key in changed)
                 raise ArgumentError(
                     f"{self.folder} holds a run with other settings: {listed}", "use the same, or another folder"
                 )
         else:
-            write_whole(path, json.dumps(given, indent=2).encode())
+            self._write_settings()
+
+    def _write_settings(self) -> None:
+        write_whole(self.folder / SETTINGS, json.dumps(asdict(self.config), indent=2).encode())
 
     def latest(self) -> State | None:
         """The newest checkpoint that is whole; a damaged one is passed over, which is said. None if there is none."""
@@ -97,7 +105,7 @@ class Run:
         return None
 
     def save(self, state: State) -> None:
-        """Write a checkpoint under a temporary name and rename it; then let go of the oldest ones.
+        """Write a checkpoint under a temporary name and rename it; then let go of the oldest and of damaged ones.
 
         The model that `load` opens is the best, else the averaged one, where there are such.
         """
@@ -111,7 +119,7 @@ class Run:
                 write_weights(tensors, partial / f"{part}.safetensors", {} if part == "optimizer" else metadata)
             hashes = {path.name: sha256_of(path) for path in partial.iterdir()}
             facts = {"version": STATE_VERSION, "made_by": __version__, "step": state.step, "files": hashes}
-            facts["pairs_a_step"] = state.pairs_a_step
+            facts |= {"pairs_a_step": state.pairs_a_step} | ({"data": state.data} if state.data else {})
             write_whole(partial / STATE, json.dumps(facts, indent=2).encode())
             _sync(partial)
             final = self.checkpoints / name
@@ -119,14 +127,21 @@ class Run:
                 shutil.rmtree(final)
             partial.rename(final)
             _sync(self.checkpoints)
+            self._write_settings()
             kept = next(part for part in ("best", "ema", "model") if part in state.tensors)
             self._publish(final / f"{kept}.safetensors")
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            cause = f"the checkpoint of step {state.step} cannot be written to {self.folder}: {error.strerror or error}"
-            raise TrainingError(cause, "free space; the run goes on from the checkpoint before") from error
-        for old in sorted(self.checkpoints.glob("[0-9]*"))[: -self.config.keep_last]:
-            shutil.rmtree(old, ignore_errors=True)
+            raise self._unwritten(f"the checkpoint of step {state.step}", error) from error
+        folders = sorted(self.checkpoints.glob("[0-9]*"))
+        good = [folder for folder in folders if folder.name <= name]  # from a later one the run would have gone on
+        for folder in folders:
+            if folder not in good[-self.config.keep_last :]:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _unwritten(self, what: str, error: OSError) -> TrainingError:
+        cause = f"{what} cannot be written to {self.folder}: {error.strerror or error}"
+        return TrainingError(cause, "free space; the run goes on from the checkpoint before")
 
     def _publish(self, path: Path) -> None:
         """Put a checkpoint's model where `load` looks, as a second name of the same file if the disk knows such."""
@@ -140,15 +155,22 @@ class Run:
 
     def log(self, record: dict[str, float]) -> None:
         """Add a line to the log."""
-        with (self.folder / LOG).open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with (self.folder / LOG).open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise self._unwritten("the log", error) from error
 
     def truncate_log(self, step: int) -> None:
         """Forget what was logged after the checkpoint of `step`: those steps run again."""
         path = self.folder / LOG
-        if path.exists():
+        if not path.exists():
+            return
+        try:
             lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             write_whole(path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
+        except OSError as error:
+            raise self._unwritten("the log", error) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -175,7 +197,7 @@ def _read_checkpoint(folder: Path) -> State:
         tensors[path.stem] = {slot: file.tensor(slot) for slot in file.slots}
         metadata[path.stem] = file.metadata
     entry = ModelEntry.from_dict(json.loads(metadata["model"][METADATA_KEY]), folder)
-    return State(int(facts["step"]), int(facts["pairs_a_step"]), tensors, entry)
+    return State(int(facts["step"]), int(facts["pairs_a_step"]), tensors, entry, facts.get("data"))
 
 
 def _sync(folder: Path) -> None:

@@ -9,12 +9,14 @@ OUT/
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,12 +32,13 @@ from ..report import bench_picture
 from ..volume import Prepared, Volume
 from ..weights import write_whole
 from ..zoo import load
-from .cases import Case, Cases, read_labels, split_cases
+from .cases import Case, Cases, files_hash, read_labels, split_cases
 from .config import FinetuneConfig
 from .data import Cache, middle_box, prepare_cases
+from .entry import input_of
 from .evaluate import check_grids
-from .finetune import build, finetune, frozen_features
-from .statistics import compare, holm
+from .finetune import build, check_classes, finetune, frozen_features
+from .statistics import compare, holm, subject_means
 
 COUNTS = (1, 3, 5, 10)
 SEEDS = 3
@@ -43,10 +46,11 @@ MODES = ("full", "linear")
 SCRATCH = "scratch"
 POOL = "the data set to train on"
 TEST_SHARE = 0.25  # of the subjects, where the data hold none out
+TEST_SUBJECTS = 2  # at least, there: one says nothing about others
 OVERLAP = 0.25  # of windows, in the test
 SURE = 0.05
 STATISTICS = (
-    "difference +- half of its 95 % interval, and p of the paired test, over seeds x test cases, both random and "
+    "difference +- half of its 95 % interval, and p of the paired test, over seeds x test subjects, both random and "
     "crossed (two-way mean squares, Satterthwaite; never narrower than Student's over either alone); helps or hurts: "
     f"p < {SURE} after Holm's correction for the number of comparisons; probably: before it"
 )
@@ -70,15 +74,18 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its files."""
-        return re.sub(r"[^\w.-]+", "_", f"{self.arm}-{self.mode}-{self.count}-{self.seed}").lstrip("._")
+        """Of its files, another for every cell."""
+        arm = re.sub(r"[^\w.-]+", "_", self.arm).lstrip("._")
+        if arm != self.arm:
+            arm += f"-{hashlib.sha256(self.arm.encode()).hexdigest()[:8]}"
+        return f"{arm}-{self.mode}-{self.count}-{self.seed}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Zoo weights against scratch: means over seeds and test cases, and their difference +- half, in %.
+    """Zoo weights against scratch: means over seeds and test subjects, and their difference +- half, in %.
 
-    p_corrected: Holm's, over the whole bench.
+    half: infinite where there is nothing to say it from. p_corrected: Holm's, over the whole bench.
     """
 
     model: str
@@ -98,6 +105,10 @@ class Comparison:
             return "unclear"
         return ("probably " if self.p_corrected >= SURE else "") + ("helps" if self.difference > 0 else "hurts")
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it, which knows no infinity: half is None then."""
+        return asdict(self) | {"half": self.half if math.isfinite(self.half) else None, "effect": self.effect}
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -114,6 +125,11 @@ class Bench:
     seen: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
+    def test_subjects(self) -> int:
+        """How many subjects the test cases are of."""
+        return len({self.settings["subjects"][name] for name in self.settings["test"]})
+
+    @property
     def verdicts(self) -> list[str]:
         """A sentence a model and mode."""
         return [f"{model}, {mode}: {self._verdict(rows)}" for (model, mode), rows in self.groups().items()]
@@ -127,6 +143,8 @@ class Bench:
 
     def _verdict(self, rows: list[Comparison]) -> str:
         metric = METRIC[self.task]
+        if self.test_subjects == 1:
+            return "not shown to help: one test subject says nothing about others"
         sure = [
             f"{row.effect} by {abs(row.difference):.1f} +- {row.half:.1f} {metric} at {scans(str(row.count))}"
             for row in rows
@@ -139,12 +157,12 @@ class Bench:
 
     def lines(self) -> list[str]:
         """Tables, what their numbers are, and the verdicts."""
-        out = []
+        out, tested = [], f"{len(self.settings['test'])} test cases"
+        if self.test_subjects < len(self.settings["test"]):
+            tested += f" of {self.test_subjects} subject{'s' * (self.test_subjects > 1)}"
         for (model, mode), rows in self.groups().items():
             width = max(10, len(model) + 2)
-            out.append(
-                f"{mode}: mean {METRIC[self.task]} in % over {len(self.settings['test'])} test cases and all seeds"
-            )
+            out.append(f"{mode}: mean {METRIC[self.task]} in % over {tested} and all seeds")
             out.append(f"{'scans':>6}{SCRATCH:>10}{model:>{width}}{'difference':>18}{'p':>9}{'corrected':>11}")
             for row in rows:
                 means = f"{row.scratch:>10.1f}{row.zoo:>{width}.1f}{f'{row.difference:+.1f} +- {row.half:.1f}':>18}"
@@ -158,7 +176,7 @@ class Bench:
             "verdicts": self.verdicts,
             "metric": f"{METRIC[self.task]}, %",
             "statistics": STATISTICS,
-            "comparisons": [asdict(row) | {"effect": row.effect} for row in self.comparisons],
+            "comparisons": [row.to_dict() for row in self.comparisons],
             "settings": self.settings,
             "seen in training": {who: list(names) for who, names in self.seen.items()},
             "cells": list(self.cells),
@@ -185,12 +203,15 @@ def bench(
     """Train on few subjects from zoo weights and from scratch, several times, and compare on subjects held out.
 
     Args:
-        data: its test cases are the test; where it has none a quarter of the subjects is held out, always the same.
-        models: names or paths as `load` takes them; each is compared with its own architecture from scratch.
+        data: its test cases are the test; where it has none a quarter of the subjects is held out, two at least, always
+            the same.
+        models: names or paths as `load` takes them, none of them called scratch; each is compared with its own
+            architecture from scratch.
         config: of all trainings; its model, mode, seed, from_scratch, subjects and validation are set here. Nothing is
             chosen by validation, for which there are no scans: the last weights are tested.
         out: a training that ended is kept there and not repeated.
-        counts: of subjects, those of one seed nested; default 1, 3, 5 and 10, as far as there are so many.
+        counts: of subjects, those of one seed nested; default 1, 3, 5 and 10, as far as there are so many, in a
+            classification from the number of classes on.
         seeds: of each training, at least 3.
         modes: full, linear or both. Scans, and the features of frozen backbones, are made once for all.
         allow_overlap: test on scans that a model or the training saw, and say which.
@@ -198,24 +219,25 @@ def bench(
 
     A segmentation is scored by the mean Dice of the labels that prediction or reference hold, on the scan's own grid,
     of films on the model's; a classification by whether the most probable class is right.
-    Errors: ArgumentError for what does not fit together or differs from what `out` holds, and for a test case that a
-        model saw in pre-training, without labels or with them, or that is also among those to train on; those of
-        `finetune`.
+    Errors: ArgumentError for what does not fit together or differs from what `out` holds, for a draw of subjects that
+        lacks a label or class, before the first training, and for a test case that a model saw in pre-training, without
+        labels or with them, or that is also among those to train on; those of `finetune`.
     """
     if seeds < 3 or not models or not modes or set(modes) - set(MODES):
         cause = f"{seeds} seeds, models {', '.join(models) or 'none'}, modes {', '.join(modes) or 'none'}"
         raise ArgumentError(cause, f"give at least 3 seeds, a model, and modes of {', '.join(MODES)}")
     pool, test = hold_out(data)
     subjects = len({case.subject for case in pool})
-    counts = sorted(set(counts or [count for count in COUNTS if count <= subjects]))
+    least = len(data.labels) if data.task == "classification" else 1
+    counts = sorted(set(counts or [least, *(count for count in COUNTS if least < count <= subjects)]))
     if not 1 <= counts[0] <= counts[-1] <= subjects:
         cause = f"counts {', '.join(map(str, counts))} of {subjects} labelled subjects"
         raise ArgumentError(cause, "ask for fewer, or label more")
+    arms = scratch_arms(models)
     entries: dict[str, Any] = {model: load(model).entry for model in models}
     ledgers = {model: entry.ledger for model, entry in entries.items()}
     ledgers[POOL] = ledger_of(path for case in pool for path in case.images)
     seen = check_unseen({case.name: case.images for case in test}, ledgers, allow=allow_overlap)
-    arms = scratch_arms(models)
     settings = common_settings(pool, test, models, modes, config)
     check_settings(settings, out)
     cells = [
@@ -227,7 +249,7 @@ def bench(
     ]
     shapes = {arms[model]: model for model in reversed(models)}
     results = Trainings(pool, test, config, shapes, out, device).run(cells, say)
-    table = compared(results, arms, modes, counts, seeds)
+    table = compared(results, settings["subjects"], arms, modes, counts, seeds)
     report = Bench(data.task, settings, tuple(asdict(cell) | result for cell, result in results.items()), table, seen)
     write_report(report, out)
     return report
@@ -235,7 +257,9 @@ def bench(
 
 def hold_out(data: Cases) -> tuple[Cases, tuple[Case, ...]]:
     """Labelled cases to train on, and those to test on; no subject is in both."""
-    split = split_cases(data, validation=TEST_SHARE)
+    subjects = len({case.subject for case in data if case.label is not None and case.split != "test"})
+    least = min(TEST_SUBJECTS, subjects - 1) / max(subjects, 1)
+    split = split_cases(data, validation=max(TEST_SHARE, least))
     stated = tuple(case for case in split.test if case.label is not None)
     train, test = (split.train + split.val, stated) if stated else (split.train, split.val)
     if not test:
@@ -244,10 +268,15 @@ def hold_out(data: Cases) -> tuple[Cases, tuple[Case, ...]]:
 
 
 def scratch_arms(models: Sequence[str]) -> dict[str, str]:
-    """The arm that each model is compared with: models of one shape and input share it."""
+    """The arm that each model is compared with: models of one shape and input share it.
+
+    Errors: ArgumentError for a model that is called like one.
+    """
     shapes: dict[str, str] = {}
     arms = {}
     for model in models:
+        if model == SCRATCH or model.startswith(f"{SCRATCH} of"):
+            raise ArgumentError(f"a model called {model!r}, as the arm without weights is", f"write ./{model}")
         entry: Any = load(model).entry
         shape = repr((entry.architecture, sorted(entry.config.items()), entry.input))
         arms[model] = shapes.setdefault(shape, f"{SCRATCH} of {model}" if shapes else SCRATCH)
@@ -280,6 +309,7 @@ class Trainings:
         paths = {cell: folder / f"{cell.name}.json" for cell in cells}
         left = [cell for cell in cells if not paths[cell].exists()]
         say(f"{len(left)} trainings of {self.config.steps} steps to do, {len(cells) - len(left)} done before")
+        self._check(left)
         timed: set[str] = set()
         for cell in left:
             result = self._train(cell)
@@ -292,6 +322,22 @@ class Trainings:
                 minutes = alike * result["seconds"] / 60
                 say(f"this took {result['seconds']:.0f} s; {alike} more in mode {cell.mode}: about {minutes:.0f} min")
         return {cell: json.loads(path.read_bytes()) for cell, path in paths.items()}
+
+    def _check(self, cells: Sequence[Cell]) -> None:
+        """Refuse a draw that lacks a label or class now, and not after hours of training."""
+        labels, complete = self.pool.labels, self.pool.complete
+        draws = list(dict.fromkeys(map(self._taken, cells)))
+        drawn = list(dict.fromkeys(itertools.chain.from_iterable(draws)))
+        for model in dict.fromkeys(self.shapes.get(cell.arm, cell.arm) for cell in cells):
+            given = input_of(self.config, load(model).entry)  # type: ignore[arg-type]
+            examples = prepare_cases(drawn, labels, given, self.out, complete=complete, cache=self.cache)
+            example_of = dict(zip(drawn, examples, strict=True))
+            for cases in draws:
+                check_classes([example_of[case] for case in cases], labels)
+
+    def _taken(self, cell: Cell) -> tuple[Case, ...]:
+        """What a training is on."""
+        return split_cases(self.pool, seed=cell.seed, validation=0.0, subjects=cell.count).train
 
     def _train(self, cell: Cell) -> dict[str, Any]:
         started = time.perf_counter()
@@ -309,9 +355,8 @@ class Trainings:
         model = finetune(self.pool, config, run, device=self.device, cache=cache)
         details = {case.name: self._test(model, case, config, cache) for case in self.test}
         shutil.rmtree(run)
-        taken = split_cases(self.pool, seed=cell.seed, validation=0.0, subjects=cell.count).train
         return {
-            "taken": [case.name for case in taken],
+            "taken": [case.name for case in self._taken(cell)],
             "scores": {case.name: self._score(case, details[case.name]) for case in self.test},
             "details": details,
             "seconds": time.perf_counter() - started,
@@ -390,12 +435,22 @@ def dice_of_labels(found: np.ndarray, truth: np.ndarray, values: dict[str, int])
 
 
 def compared(
-    results: dict[Cell, dict[str, Any]], arms: dict[str, str], modes: Sequence[str], counts: Sequence[int], seeds: int
+    results: dict[Cell, dict[str, Any]],
+    subjects: Mapping[str, str],
+    arms: dict[str, str],
+    modes: Sequence[str],
+    counts: Sequence[int],
+    seeds: int,
 ) -> tuple[Comparison, ...]:
-    """Every model with its scratch, paired by seed and test case; p corrected for the number of comparisons."""
+    """Every model with its scratch, paired by seed and test subject; p corrected for the number of comparisons.
+
+    Args:
+        subjects: by test case; the scores of one subject are averaged first.
+    """
 
     def scores(arm: str, mode: str, count: int) -> np.ndarray:
-        return np.array([list(results[Cell(arm, mode, count, seed)]["scores"].values()) for seed in range(seeds)])
+        cells = [results[Cell(arm, mode, count, seed)] for seed in range(seeds)]
+        return np.array([subject_means(cell["scores"], subjects) for cell in cells])
 
     found = []
     for model, mode, count in itertools.product(arms, modes, counts):
@@ -435,6 +490,8 @@ def common_settings(
     settings = {
         "pool": [case.name for case in pool],
         "test": [case.name for case in test],
+        "subjects": {case.name: case.subject for case in (*pool, *test)},
+        "files": files_hash((*pool, *test)),
         "labels": {label.name: label.value for label in pool.labels},
         "training": {name: value for name, value in asdict(config).items() if name not in own},
         "learning rates": learning_rates(config, modes),
@@ -452,13 +509,17 @@ def learning_rates(config: FinetuneConfig, modes: Sequence[str]) -> dict[str, fl
 
 
 def check_settings(settings: dict[str, Any], out: Path) -> None:
-    """Refuse to add to a bench of other settings; other models and modes may join it."""
+    """Refuse to add to a bench of other settings; other models and modes may join it.
+
+    What an older bench does not say of itself is not compared.
+    """
     path = out / SETTINGS
     try:
         out.mkdir(parents=True, exist_ok=True)
         before = json.loads(path.read_bytes()) if path.exists() else settings
         joined = {group: before[group] | settings[group] for group in JOINING}
-        changed = [name for name, value in settings.items() if name not in JOINING and before[name] != value]
+        own = [name for name in settings if name not in JOINING]
+        changed = [name for name in own if before.get(name, settings[name]) != settings[name]]
         changed += [name for group in JOINING for name, value in before[group].items() if joined[group][name] != value]
         if not changed:
             write_whole(path, json.dumps(settings | joined, indent=2).encode())

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import colorsys
 import csv
+import hashlib
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from ..cache import sha256_of
 from ..errors import ArgumentError, VolumeError, listed
 from ..film import read_film
 from ..registry import TRAINED_HEADS, Label
-from ..volume import Volume, read_volume
+from ..volume import Volume, dicom_files, read_volume
 
 ENDINGS = (".nii.gz", ".nii", ".png")
 SPLITS = ("train", "val", "test")
@@ -125,11 +128,13 @@ def split_cases(cases: Cases, *, seed: int = 0, validation: float = 0.2, subject
     """Deal the labelled cases out to training, validation and test, whole subjects at a time.
 
     What the data call val or test stays that. Where they call nothing val, a share of the other subjects is drawn; of a
-    single subject none. Cases without a label are neither trained nor validated on.
+    single subject none. Cases without a label are neither trained nor validated on. A subject of a classification is of
+    the class of its first case.
 
     Args:
-        validation: share of subjects held out, in [0, 1).
-        subjects: how many to train on: with one seed, the first 3 contain the first 1. Default all.
+        validation: share of subjects held out, in [0, 1); of a classification, of each class about that.
+        subjects: how many to train on: with one seed, the first 3 contain the first 1. Default all. Of a
+            classification they are drawn class by class in turn: as many as there are classes hold every class.
 
     Errors: ArgumentError for a subject with two splits, or fewer subjects than asked for.
     """
@@ -143,10 +148,16 @@ def split_cases(cases: Cases, *, seed: int = 0, validation: float = 0.2, subject
     known = [case for case in cases if case.label is not None and case.split != "test"]
     names = sorted({case.subject for case in known})
     drawn = [names[i] for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()]
+    kinds: dict[str, Any] = {}
+    for case in known:
+        kinds.setdefault(case.subject, case.label if cases.task == "classification" else None)
     held = {name for name in names if stated[name] == "val"}
     if not held and validation and len(names) > 1:
-        held = set(drawn[: min(max(1, round(validation * len(names))), len(names) - 1)])
+        ranks, sizes = _ranks(drawn, kinds), Counter(kinds.values())
+        evenly = sorted(drawn, key=lambda name: (ranks[name] + 0.5) / sizes[kinds[name]])
+        held = set(evenly[: min(max(1, round(validation * len(names))), len(names) - 1)])
     training = [name for name in drawn if name not in held]
+    training.sort(key=_ranks(training, kinds).__getitem__)
     if not training or (subjects is not None and not 1 <= subjects <= len(training)):
         raise ArgumentError(
             f"{len(training)} labelled subjects to train on, {subjects or 'at least 1'} wanted",
@@ -155,6 +166,42 @@ def split_cases(cases: Cases, *, seed: int = 0, validation: float = 0.2, subject
     chosen = set(training[:subjects])
     train, val = (tuple(case for case in known if case.subject in group) for group in (chosen, held))
     return Split(train, val, tuple(case for case in cases if case.split == "test"))
+
+
+def _ranks(subjects: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, int]:
+    """The place of each subject among those of its kind."""
+    before: Counter[Any] = Counter()
+    ranks = {}
+    for name in subjects:
+        ranks[name] = before[kinds[name]]
+        before[kinds[name]] += 1
+    return ranks
+
+
+def files_hash(cases: Iterable[Case]) -> str:
+    """sha256 over the bytes of all images and label files of cases, and their classes.
+
+    Unlike that of the leakage ledger it changes with a header, and where a scan or its labels are mirrored.
+    """
+    parts = []
+    for case in cases:
+        for part in (*case.images, case.label):
+            if isinstance(part, Path):
+                parts += [_hash_of(file) for file in (dicom_files(part) if part.is_dir() else [part])]
+            else:
+                parts.append(str(part))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _hash_of(path: Path) -> str:
+    """sha256 of a file, which is read once in a process as long as it does not change."""
+    stamp = path.stat()
+    return _hash_at(path.resolve(), stamp.st_mtime_ns, stamp.st_size)
+
+
+@cache
+def _hash_at(path: Path, changed_ns: int, size: int) -> str:
+    return sha256_of(path)
 
 
 # --- Layouts --------------------------------------------------------------------------------------------------------

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import ArgumentError, VolumeError, listed
-from ..film import read_film, resized
+from ..film import FilmPreprocessing, flattened, prepare_film, read_film
 from ..pretrain.augment import apply_pose, sample_pose
 from ..pretrain.data import seeded
-from ..registry import Input, Label
+from ..registry import Input, Intensity, Label
 from ..volume import InputWarning, Prepared, Preprocessing, Volume, prepare, read_volume
 from .cases import Case, read_labels
 from .config import FinetuneConfig
@@ -35,6 +35,7 @@ GRID_TOLERANCE = 0.1  # of a voxel: what rounding in headers may do to a grid
 MARGIN = 0.25  # of a crop, beyond each of its faces: what turning and scaling bring in
 # Changes of appearance, our choice; all are scaled by the strength of the augmentation
 GAIN, SHIFT, GAMMA, NOISE = 0.15, 0.05, 0.25, 0.02  # relative; of the intensity range; log; SD
+MASK = Intensity("arbitrary", (0.0, 1.0), (0.0, 1.0))  # 0 and 1 stay what they are
 Cache = dict[Any, "Example"]  # what earlier runs prepared
 
 
@@ -84,7 +85,8 @@ def prepare_cases(
         examples.append(cached(cache, key, folder, lambda case=case: _prepare(case, labels, given, complete)))  # type: ignore[misc]
     if doubtful := [f"{example.name}: {example.doubts[0]}" for example in examples if example.doubts]:
         text = f"{len(doubtful)} of {len(examples)} scans look unlike the model's input, so {doubtful[0]}"
-        warnings.warn(f"{text} (for MR choose the unit 'arbitrary')", InputWarning, stacklevel=2)
+        hint = " (for MR choose the unit 'arbitrary')" if given.intensity.unit == "HU" else ""
+        warnings.warn(text + hint, InputWarning, stacklevel=2)
     return examples
 
 
@@ -110,7 +112,7 @@ def _mapped(x: Tensor, folder: Path) -> Tensor:
 
 
 def _prepare(case: Case, labels: tuple[Label, ...], given: Input, complete: bool) -> Example:
-    image, sources, doubts = (_films if len(given.axes) == 2 else _volumes)(case, given)
+    image, sources, doubts = _channels(case, given)
     if not isinstance(case.label, Path):
         index = next((i for i, label in enumerate(labels) if label.value == case.label), None)
         if index is None:
@@ -125,37 +127,33 @@ def _prepare(case: Case, labels: tuple[Label, ...], given: Input, complete: bool
     return Example(case.name, image, target, places, doubts)
 
 
-def _volumes(case: Case, given: Input) -> tuple[Tensor, list[Volume], tuple[str, ...]]:
-    """The channels of a scan on the model's grid, (C, D, H, W), as they were read, and doubts about them."""
-    recipe = Preprocessing(
-        spacing_mm=given.spacing_mm,  # type: ignore[arg-type]
-        unit=given.intensity.unit,
-        window=given.intensity.window,
-        scale=given.intensity.scale,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", InputWarning)
-        channels: list[Prepared] = [prepare(read_volume(path), recipe) for path in case.images]
+def _channels(case: Case, given: Input) -> tuple[Tensor, list[Volume], tuple[str, ...]]:
+    """The channels of a scan on the model's grid, (C, *shape), as they were read, and doubts about them."""
+    recipe = _recipe(given)
+    channels = [_prepared(path, recipe) for path in case.images]
     sources = [channel.source for channel in channels]
     for path, source in zip(case.images, sources, strict=True):
         _check_grid(path, source, case.images[0], sources[0])
     doubts = tuple(itertools.chain.from_iterable(channel.warnings for channel in channels))
-    return torch.cat([channel.image[0] for channel in channels]), sources, doubts
+    return flattened(torch.cat([channel.image[0] for channel in channels]), recipe), sources, doubts
 
 
-def _films(case: Case, given: Input) -> tuple[Tensor, list[Volume], tuple[str, ...]]:
-    """The channels of a film, (C, H, W), resized where the model has a size, and as they were read."""
-    sources = [read_film(path) for path in case.images]
-    for path, source in zip(case.images, sources, strict=True):
-        _check_grid(path, source, case.images[0], sources[0])
-    image = torch.from_numpy(np.stack([source.data[:, :, 0].T for source in sources]).astype(np.float32))
-    low, high = (
-        float(extreme) if end is None else end
-        for end, extreme in zip(given.intensity.window, (image.min(), image.max()), strict=True)
-    )
-    bottom, top = given.intensity.scale
-    image = image.clamp_(low, high).sub_(low).mul_((top - bottom) / max(high - low, 1e-6)).add_(bottom)
-    return resized(image, given.size), sources, ()
+def _recipe(given: Input) -> Preprocessing | FilmPreprocessing:
+    """What a model of this input expects, as `load` says it of the trained one."""
+    intensity = given.intensity
+    if len(given.axes) == 2:
+        return FilmPreprocessing(given.size, intensity.window, intensity.scale)  # type: ignore[arg-type]
+    spacing_mm: Any = given.spacing_mm
+    return Preprocessing(spacing_mm, unit=intensity.unit, window=intensity.window, scale=intensity.scale)
+
+
+def _prepared(scan: Volume | Path, recipe: Preprocessing | FilmPreprocessing) -> Prepared:
+    """A volume or film, given or read, on the grid of a recipe; its doubts are not warned about one by one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)
+        if isinstance(recipe, FilmPreprocessing):
+            return prepare_film(scan if isinstance(scan, Volume) else read_film(scan), recipe)
+        return prepare(scan if isinstance(scan, Volume) else read_volume(scan), recipe)
 
 
 def _classes(case: Case, sources: list[Volume], labels: tuple[Label, ...], complete: bool) -> Volume:
@@ -194,15 +192,10 @@ def _on_grid(classes: Volume, given: Input, shape: tuple[int, ...]) -> np.ndarra
     """The class with the largest share of every voxel of the model's grid, uint8; of equal shares the first."""
     best = torch.zeros(shape)
     target = np.zeros(shape, np.uint8)
+    recipe = _recipe(replace(given, intensity=MASK))
     for k in np.unique(classes.data):
-        mask = (classes.data == k).astype(np.uint8)
-        if len(given.axes) == 2:
-            share = resized(torch.from_numpy(mask[:, :, 0].T.astype(np.float32))[None], given.size)[0]
-        else:
-            recipe = Preprocessing(given.spacing_mm, unit="arbitrary", window=(0.0, 1.0))  # type: ignore[arg-type]
-            with warnings.catch_warnings():  # a mask that is 1 everywhere is no empty image
-                warnings.simplefilter("ignore", InputWarning)
-                share = prepare(Volume(mask, classes.affine), recipe).image[0, 0]
+        mask = Volume((classes.data == k).astype(np.uint8), classes.affine)
+        share = flattened(_prepared(mask, recipe).image[0, 0], recipe)
         target[(share > best).numpy()] = k
         best = torch.maximum(best, share)
     return target

@@ -28,7 +28,7 @@ from ..volume import Volume
 from ..weights import write_whole
 from ..zoo import load
 from .cases import ENDINGS, Case, Cases, read_cases, read_labels, without_ending
-from .statistics import Interval, auc_interval, mean_interval, proportion_interval
+from .statistics import Interval, auc_interval, mean_interval, proportion_interval, subject_means
 
 TOLERANCE_MM = 2.0  # of the surface Dice
 GRID_TOLERANCE = 0.1  # of a voxel: what rounding in headers may do to a grid
@@ -131,8 +131,8 @@ def evaluate(
         predictions: a label file, or a folder of them named as the cases are; of a classification a CSV with the column
             `case` and a column of probabilities a class.
         references: a label file, a folder of them, or a data set (see `read_cases`), of which the test cases count if
-            it has any, otherwise all that have a label. Of a classification a CSV with the columns `case` and `label`,
-            or a data set.
+            it has any, otherwise all that have a label. Of a classification a CSV with the columns `case` and `label`
+            and none `image`, or a data set.
         labels: values in label files by name: these are scored, and other values are background. Default: those of the
             data set, or those that the first prediction names in its header, or every value that occurs.
         tolerance_mm: how far apart surfaces may lie that the surface Dice counts as the same.
@@ -150,7 +150,7 @@ def evaluate(
         truth, scans = _true_classes(references)
         seen = _seen(model, scans, truth, allow_overlap)
         return replace(_evaluate_classes(Path(predictions), truth), seen=seen)
-    files, known, scans = _reference_files(references, labels)
+    files, known, scans, subjects = _reference_files(references, labels)
     pairs, missing = _pairs(Path(predictions), files)
     seen = _seen(model, _noted_scans(pairs) | scans, pairs, allow_overlap)
     scores: dict[tuple[str, str], Score] = {}
@@ -166,7 +166,8 @@ def evaluate(
     if not names:
         raise ArgumentError("every voxel of every case is background", "check that these are label files")
     table = tuple(scores.get(key) or Score(*key, ABSENT, 0.0, 0.0) for key in itertools.product(pairs, names))
-    return Evaluation("segmentation", names, summarise(table, names, tolerance_mm), missing, seen, table)
+    summary = summarise(table, names, tolerance_mm, subjects)
+    return Evaluation("segmentation", names, summary, missing, seen, table)
 
 
 def overlap(
@@ -199,32 +200,44 @@ def overlap(
     return Overlap(found, dice.item(), hd95.item(), surface.item())
 
 
-def summarise(scores: Sequence[Score], labels: Sequence[str], tolerance_mm: float) -> dict[str, Any]:
-    """Means over cases with their 95 % intervals, a label and over labels; how often a label was found.
+def summarise(
+    scores: Sequence[Score], labels: Sequence[str], tolerance_mm: float, subjects: Mapping[str, str]
+) -> dict[str, Any]:
+    """Means over subjects with their 95 % intervals, a label and over labels; in how many cases a label was found.
 
-    The mean over labels is taken in each case first. Each metric counts the cases in which it is defined (`n`): a label
-    missed or invented is 0 in the Dice and does not occur in HD95, which is why `found` belongs beside it.
+    The mean over labels is taken in each case first, then that over the cases of a subject. Each metric counts the
+    subjects in which it is defined (`n`): a label missed or invented is 0 in the Dice and does not occur in HD95, which
+    is why `found` belongs beside it.
+
+    Args:
+        subjects: by case; of one that is not there it is taken for the only scan, and the intervals hold only then.
     """
-    by_label = {name: [s.overlap for s in scores if s.label == name] for name in labels}
-    by_case: dict[str, list[Overlap]] = {}
-    for score in scores:
-        by_case.setdefault(score.case, []).append(score.overlap)
-    rows: dict[str, Any] = {}
-    for name, overlaps in by_label.items():
-        counts = Counter(o.found for o in overlaps)
-        rows[name] = {"found": {found: counts[found] for found in FOUND}}
-        rows[name] |= {metric: _interval(overlaps, metric)._asdict() for metric in METRICS}
-    means = {
-        metric: [mean for overlaps in by_case.values() if (mean := _interval(overlaps, metric).mean) is not None]
-        for metric in METRICS
+
+    def intervals(some: Sequence[Score]) -> dict[str, Any]:
+        return {metric: _interval(some, metric, subjects)._asdict() for metric in METRICS}
+
+    rows = {}
+    for name in labels:
+        own = [score for score in scores if score.label == name]
+        counts = Counter(score.overlap.found for score in own)
+        rows[name] = {"found": {found: counts[found] for found in FOUND}} | intervals(own)
+    cases = {score.case for score in scores}
+    return {
+        "cases": len(cases),
+        "subjects": len({subjects.get(case, case) for case in cases}),
+        "tolerance_mm": tolerance_mm,
+        "mean over labels": intervals(scores),
+        "labels": rows,
     }
-    over_labels = {metric: mean_interval(means[metric], limits)._asdict() for metric, limits in METRICS.items()}
-    return {"cases": len(by_case), "tolerance_mm": tolerance_mm, "mean over labels": over_labels, "labels": rows}
 
 
-def _interval(overlaps: Sequence[Overlap], metric: str) -> Interval:
-    values = [value for o in overlaps if (value := getattr(o, metric)) is not None]
-    return mean_interval(values, METRICS[metric])
+def _interval(scores: Sequence[Score], metric: str, subjects: Mapping[str, str]) -> Interval:
+    by_case: dict[str, list[float]] = {}
+    for score in scores:
+        if (value := getattr(score.overlap, metric)) is not None:
+            by_case.setdefault(score.case, []).append(value)
+    means = {case: float(np.mean(values)) for case, values in by_case.items()}
+    return mean_interval(subject_means(means, subjects), METRICS[metric])
 
 
 def lines(evaluation: Evaluation) -> list[str]:
@@ -262,18 +275,19 @@ def _cell(interval: Mapping[str, Any]) -> str:
 
 def _reference_files(
     references: str | os.PathLike[str] | Cases, labels: Mapping[str, int] | None
-) -> tuple[dict[str, Path], dict[str, int], Scans]:
-    """Label files by case, the values to score by name, and the scans by case, as far as these are known."""
+) -> tuple[dict[str, Path], dict[str, int], Scans, dict[str, str]]:
+    """Label files by case, the values to score by name, and scans and subjects by case, as far as these are known."""
     if not isinstance(references, Cases):
         path = Path(references)
         if files := _label_files(path):
-            return files, dict(labels or {}), {}
+            return files, dict(labels or {}), {}, {}
         references = read_cases(path, labels=labels)
     cases = _to_score(references, Path)
     files = {case.name: Path(str(case.label)) for case in cases}
     named = labels or {label.name: label.value for label in references.labels}
     scans = {case.name: case.images for case in cases}
-    return files, {name: value for name, value in named.items() if value}, scans  # 0 is background
+    subjects = {case.name: case.subject for case in cases}
+    return files, {name: value for name, value in named.items() if value}, scans, subjects  # 0 is background
 
 
 def _to_score(data: Cases, kind: type) -> list[Case]:
@@ -402,7 +416,7 @@ def summarise_classes(
 ) -> dict[str, Any]:
     """Accuracy of the most probable class, and each class's AUC against the others, with 95 % score intervals.
 
-    A class of which there is no case, or nothing else, has no AUC (None).
+    A class of which there is no case, or nothing else, has no AUC (None). The intervals hold for one scan a subject.
     """
     try:
         from monai.metrics import compute_roc_auc
@@ -435,7 +449,7 @@ def _true_classes(references: str | os.PathLike[str] | Cases) -> tuple[dict[str,
         path = Path(references)
         if path.is_file():
             header, rows = _read_table(path)
-            if {"case", "label"} <= set(header):
+            if {"case", "label"} <= set(header) and "image" not in header:  # which is a data set's
                 return {row["case"]: row["label"] for row in rows}, {}
         references = read_cases(path, task="classification")
     names = {label.value: label.name for label in references.labels}
@@ -445,7 +459,7 @@ def _true_classes(references: str | os.PathLike[str] | Cases) -> tuple[dict[str,
 
 def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:

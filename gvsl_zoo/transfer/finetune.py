@@ -35,7 +35,7 @@ from ..registry import Label, Ledger, ModelEntry
 from ..report import curves_picture
 from ..weights import write_whole
 from ..zoo import HEADED, load
-from .cases import Cases, Split, split_cases
+from .cases import Cases, Split, files_hash, split_cases
 from .config import FinetuneConfig
 from .data import Cache, Example, Patch, Patches, cached, make_batch, middle_box, prepare_cases
 from .entry import MEASURED, describe, finish
@@ -164,7 +164,7 @@ def forward_backward(
     torch.manual_seed(seeded("cpu", config.seed, 14, step, accelerator.process_index).initial_seed())  # of drop-path
     task = learner.task if alone else parallel
     terms: dict[str, Tensor] = task(*make_batch(patches, numbers, config, crop, accelerator.device))
-    accelerator.backward(sum(terms.values()))
+    sum(terms.values(), torch.zeros((), device=accelerator.device)).backward()
     if alone:
         for parameter in head["params"]:
             parameter.grad = accelerator.reduce(parameter.grad, "mean")
@@ -289,9 +289,14 @@ def check_classes(examples: Sequence[Example], labels: Sequence[Label]) -> None:
     found = {0} if examples[0].target.ndim else set()
     for example in examples:
         found |= example.places.keys() if example.target.ndim else {int(example.target)}
-    if missing := [label.name for k, label in enumerate(labels) if k not in found]:
-        cause = f"none of {len(examples)} training cases holds {', '.join(missing)} on the model's grid"
-        raise ArgumentError(cause, "leave the label out (--labels), take a finer grid, or add cases that hold it")
+    missing = ", ".join(label.name for k, label in enumerate(labels) if k not in found)
+    if missing and not examples[0].target.ndim:
+        cause = f"none of {len(examples)} training cases is of the class {missing}"
+        raise ArgumentError(cause, "train on more subjects, or add cases of it")
+    if missing:
+        cause = f"none of {len(examples)} training cases holds {missing} on the model's grid"
+        remedy = "leave the label out (--labels), take a finer grid, or train on more cases that hold it"
+        raise ArgumentError(cause, remedy)
 
 
 # --- What is written ----------------------------------------------------------------------------------------
@@ -361,12 +366,17 @@ class Journal:
 
 
 def note_cases(out: Path, split: Split, labels: Sequence[Label]) -> None:
-    """Write down which cases are for what; refuse others than those of the run so far."""
-    uses = {use: [case.name for case in cases] for use, cases in split._asdict().items()}
-    given = uses | {"labels": [asdict(label) for label in labels]}
+    """Write down which cases are for what, and a hash of their files; refuse others than those of the run so far."""
+    uses: dict[str, Any] = {use: [case.name for case in cases] for use, cases in split._asdict().items()}
+    given = uses | {"labels": [asdict(label) for label in labels], "files": files_hash((*split.train, *split.val))}
     text = json.dumps(given, indent=2)
     path = out / CASES
-    if path.exists() and path.read_text() != text:
+    before = json.loads(path.read_bytes()) if path.exists() else {}
+    changed = [name for name, value in json.loads(text).items() if before.get(name, value) != value]
+    if changed == ["files"]:
+        cause = f"images or labels have changed since the run in {out} began"
+        raise ArgumentError(cause, "give them as they were, or another folder")
+    if changed:
         raise ArgumentError(f"{out} holds a run on other cases or labels ({CASES})", "give the same, or another folder")
     write_whole(path, text.encode())
 

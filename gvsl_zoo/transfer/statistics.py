@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,10 @@ class Interval(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A mean paired difference, its 95 % interval mean +- half, and the two-sided p of no difference."""
+    """A mean paired difference, its 95 % interval mean +- half, and the two-sided p of no difference.
+
+    half: infinite where there is nothing to say it from.
+    """
 
     mean: float
     half: float
@@ -41,6 +44,19 @@ def mean_interval(values: Sequence[float], limits: tuple[float, float] = (-math.
         return Interval(mean, None, None, n)
     half = _t_quantile(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
     return Interval(mean, max(limits[0], mean - half), min(limits[1], mean + half), n)
+
+
+def subject_means(values: Mapping[str, float], subjects: Mapping[str, str]) -> list[float]:
+    """The mean over the cases of each subject, in the order of their first: scans of one subject are alike.
+
+    Args:
+        values: by case.
+        subjects: by case; a case that is not there is a subject of its own.
+    """
+    groups: dict[str, list[float]] = {}
+    for case, value in values.items():
+        groups.setdefault(subjects.get(case, case), []).append(value)
+    return [float(np.mean(group)) for group in groups.values()]
 
 
 def proportion_interval(successes: int, n: int) -> Interval:
@@ -69,19 +85,22 @@ def auc_interval(auc: float, positives: int, negatives: int) -> Interval:
 
 
 def compare(differences: np.ndarray) -> Comparison:
-    """The paired comparison of two arms over seeds and test cases, all of them random.
+    """The paired comparison of two arms over seeds and test subjects, all of them random.
 
     Args:
-        differences: score of one arm minus that of the other, (seeds, cases), at least two seeds; or any number of
-            factors, an axis each: pre-training seeds before these, or for an area under a curve the cases of either
-            class instead of all cases.
+        differences: score of one arm minus that of the other, (seeds, subjects), at least two seeds; or any number of
+            factors, an axis each: pre-training seeds before these, or for an area under a curve the subjects of either
+            class instead of all.
 
     The factors are crossed, as readers and cases are in a reader study: the variance of the mean has a part of each and
     of their interactions, estimated from the mean squares of the table, with Satterthwaite's degrees of freedom
     (Dorfman, Berbaum & Metz 1992; Hillis 2007). With three seeds that alone is somewhat narrow, so the widest interval
     over all sets of factors counts, of a single factor Student's.
+
+    One subject says nothing about others, and the same difference everywhere no more than that n subjects have one
+    sign: p is then that of the sign test, 2^(1 - n), and half infinite unless that is below 5 %.
     """
-    mean = float(differences.mean())
+    mean, subjects = float(differences.mean()), differences.shape[-1]
     factors = [axis for axis, size in enumerate(differences.shape) if size > 1]
     squares = {part: _mean_square(differences, part) for part in _parts(factors)}
     errors = []  # of the mean, and their degrees of freedom
@@ -91,8 +110,9 @@ def compare(differences: np.ndarray) -> Comparison:
         if len(some) == 1 or total > max(squares[(factor,)][0] for factor in some):  # else one alone is the wider
             spread = sum(square**2 / degrees for _, square, degrees in parts)
             errors.append((math.sqrt(total / differences.size), total**2 / spread if spread else 1.0))
-    if max(errors)[0] <= 1e-9 * max(1.0, abs(mean)):  # the same difference everywhere
-        return Comparison(mean, 0.0, float(mean == 0))
+    if subjects == 1 or max(errors)[0] <= 1e-9 * max(1.0, abs(mean)):
+        p = 2.0 ** (1 - subjects)
+        return Comparison(mean, 0.0 if p < 1 - CONFIDENCE else math.inf, p if mean else 1.0)
     halves = [_t_quantile(degrees) * error for error, degrees in errors]
     tails = [_t_tail(abs(mean) / error, degrees) if error else 0.0 for error, degrees in errors]
     return Comparison(mean, max(halves), max(tails))

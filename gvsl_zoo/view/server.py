@@ -45,7 +45,7 @@ def page_files() -> dict[str, Path]:
     if not all(path.is_file() for path in files.values()):
         raise GvslZooError(
             "the viewer's page is not built",
-            "run `make viewer` in the source tree (it needs Node.js), or install a wheel: it has the page inside",
+            "run `make viewer` in the source tree (it needs Node.js), or install a wheel that `make wheel` made",
         )
     return files
 
