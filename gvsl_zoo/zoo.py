@@ -18,7 +18,7 @@ from . import __version__, cache, hub, sources
 from .card import card_files
 from .errors import ArgumentError, SourceError, WeightsError, listed
 from .film import FilmPreprocessing, flattened, prepare_scan
-from .models.backbone import Backbone, FeatureList
+from .models.backbone import Backbone, FeatureList, whole_numbers
 from .models.gemini import GEMINI, WholeModule
 from .models.gvsl import GVSL
 from .models.heads import ClassificationModel, HeadedModel, SegmentationModel
@@ -119,7 +119,7 @@ def load(
     entry, file, sha256 = _find(
         name, task, num_classes, pretrained, revision, Access(cache_dir, local_files_only, token)
     )
-    features = tuple(map(int, out_indices if out_indices is not None else ())) if features_only else None
+    features = (whole_numbers(out_indices) if out_indices is not None else ()) if features_only else None
     chans = entry.config.get("in_chans", 1) if in_chans is None else in_chans
     building = "meta" if pretrained else None
     model = build(entry, task, num_classes=num_classes, in_chans=chans, features=features, device=building)

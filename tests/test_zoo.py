@@ -693,6 +693,13 @@ def test_weights_that_load_would_refuse_do_not_replace_good_ones(value, tmp_path
         (NANO, {"features_only": True, "task": "pretraining"}, ArgumentError, "features_only with task 'pretraining'"),
         (NANO, {"out_indices": [0]}, ArgumentError, "out_indices without features_only; add features_only=True"),
         (NANO, {"features_only": True, "out_indices": [9]}, ArgumentError, r"levels \(9,\) asked for, but .* has 9"),
+        (NANO, {"features_only": True, "out_indices": 3}, ArgumentError, "feature levels 3; give a sequence"),
+        (
+            NANO,
+            {"features_only": True, "out_indices": [2.5]},
+            ArgumentError,
+            r"feature levels \[2.5\]; give a sequence",
+        ),
         (NANO, {"features_only": True, "out_indices": [-6]}, ArgumentError, r"levels \(-6,\) asked for"),
         (NANO, {"in_chans": 0}, ArgumentError, "in_chans=0; .*in_chans at least 1"),
         (NANO, {"device": "gpu"}, ArgumentError, "unknown device 'gpu'; use auto, cpu, cuda, cuda:N or mps"),
