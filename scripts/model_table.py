@@ -58,15 +58,22 @@ def transfer_table(task: str) -> str:
     return "\n".join(rows)
 
 
-def together_table() -> str:
-    """Dice of a head alone over three pre-training seeds of one recipe, and the gain with half of its interval."""
-    columns = [("", "---", "scratch", "pre-trained, three runs", "gain")]
-    for task, name in (("ct_lungs", "lungs"), ("hippocampus", "hippocampus")):
-        result = json.loads((ROOT / f"benchmarks/results/transfer_{task}_seed-0_seed-1_seed-2.json").read_text())
-        for row in result["together"]:
-            gain = f"{row['difference']:+.1f} +- {row['half']:.1f}"
-            columns.append((f"{name}, {row['count']}", "---", f"{row['scratch']:.1f}", f"{row['zoo']:.1f}", gain))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in zip(*columns, strict=True))
+def together_table(runs: str) -> str:
+    """Dice over three pre-training seeds of one recipe, and the gain +- half of its interval, bold where it is sure."""
+    table: dict[str, list[str]] = {"": [], "---": []}
+    for task, scene in (("ct_lungs", "lungs"), ("hippocampus", "hippocampus")):
+        rows = json.loads((ROOT / f"benchmarks/results/transfer_{task}_{runs}.json").read_text())["together"]
+        counts = sorted({row["count"] for row in rows})
+        table[""] += [f"{scene}, {count}" for count in counts]
+        table["---"] += ["---"] * len(counts)
+        for row in rows:
+            what = {"full": "whole network", "linear": "head alone"}[row["mode"]]
+            sure = "**" if row["effect"] in ("helps", "hurts") else ""
+            table.setdefault(f"{what}, scratch", []).append(f"{row['scratch']:.1f}")
+            table.setdefault(f"{what}, pre-trained, three runs", []).append(f"{row['zoo']:.1f}")
+            gain = f"{sure}{row['difference']:+.1f} +- {row['half']:.1f}{sure}"
+            table.setdefault(f"{what}, gain", []).append(gain)
+    return "\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in table.items())
 
 
 def ablation_table() -> str:
@@ -130,7 +137,8 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/recipe_search.md": {
         "contrast_ct_lungs": partial(transfer_table, "ct_lungs_gvsl-unet-ct-nano-contrast"),
         "contrast_hippocampus": partial(transfer_table, "hippocampus_gvsl-unet-ct-nano-contrast"),
-        "together": together_table,
+        "together": partial(together_table, "seed-0_seed-1_seed-2"),
+        "together_nano": partial(together_table, "nano-seed-0_nano-seed-1_nano-seed-2"),
     },
     "docs/architectures.md": {"architectures": architecture_table},
     "docs/objectives.md": {"ablation": ablation_table},
