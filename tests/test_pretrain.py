@@ -1448,6 +1448,7 @@ def test_facts_are_printed_by_the_first_process_alone(name, tmp_path, monkeypatc
         (["--data", "nowhere"], "nowhere"),
         (["--objective", "magic"], "objective 'magic'"),
         (["--set", "depth=5"], "unknown settings depth"),
+        (["--set", "leraning_rate=0.1"], "unknown settings leraning_rate; did you mean learning_rate?"),
         (["--set", "ncc"], "'ncc' is no setting; write name=value"),
         (["--set", "ema=high"], "ema 'high' in the settings of a run; give a number"),
         (["--set", "checkpointing=off"], "checkpointing 'off' in the settings of a run; give true or false"),

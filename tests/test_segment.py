@@ -25,6 +25,7 @@ from gvsl_zoo.inference.segment import (
     comment_labels,
     find_scans,
     label_volumes,
+    mirrored,
     segment_file,
     segment_folder,
 )
@@ -124,6 +125,20 @@ def test_windows_of_air_are_not_computed_and_nothing_changes_in_the_body() -> No
     np.testing.assert_array_equal(found.data.T[body], expected[body])
     assert 1 < skipping < len(calls) - skipping
     assert not found.data[40:].any()  # background beyond every window that was computed
+
+
+def test_an_axis_of_one_voxel_is_not_mirrored() -> None:
+    seen: list[torch.Tensor] = []
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return 2 * x
+
+    film = torch.rand(1, 1, 1, 4, 6)
+    assert torch.allclose(mirrored(note)(film), 2 * film) and len(seen) == 4
+    seen.clear()
+    mirrored(note)(torch.rand(1, 1, 2, 4, 6))
+    assert len(seen) == 8
 
 
 def test_mirroring_makes_labels_equivariant_to_mirrors() -> None:

@@ -103,7 +103,7 @@ def features_command(
     metavar="SCAN LABELS",
     help="Instead: a labelled scan to register onto this one, whose labels it takes over; as often as you like.",
 )
-@click.option("--mirror", is_flag=True, help="Average over mirror images: eight times the work.")
+@click.option("--mirror", is_flag=True, help="Average over mirror images: eight times the work, of films four.")
 @click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True)
 @click.option("--picture", type=click.Path(path_type=Path), help="PNG of the labels over the scan.")
 @click.option("--overwrite", is_flag=True, help="Replace outputs that exist; a folder goes on without them otherwise.")

@@ -299,7 +299,7 @@ def bench_command(
     config = settings_of(steps, named, others)
     report = bench(
         read_cases(data, task=config.task, labels=parse_labels(labels)),
-        names.split(","),
+        [name.strip() for name in names.split(",")],
         config,
         out,
         counts=[int(count) for count in counts.split(",")] if counts else None,

@@ -120,7 +120,7 @@ def mirrored(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
     """The mean of `function` over all mirror images of its input, each turned back."""
 
     def mean(x: Tensor) -> Tensor:
-        axes = range(2, x.ndim)
+        axes = [axis for axis in range(2, x.ndim) if x.shape[axis] > 1]
         turns = [turn for n in range(len(axes) + 1) for turn in itertools.combinations(axes, n)]
         total = function(x).float()
         for turn in turns[1:]:

@@ -7,6 +7,7 @@ import math
 import types
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..errors import ArgumentError
@@ -42,7 +43,9 @@ class RunConfig:
         """
         known = {field.name for field in fields(cls)}
         if unknown := sorted(values.keys() - known):
-            raise ArgumentError(f"unknown settings {', '.join(unknown)}", "they may be of a newer gvsl-zoo: upgrade it")
+            near = [match for name in unknown for match in get_close_matches(name, known, 1)]
+            remedy = f"did you mean {', '.join(near)}?" if near else "they may be of a newer gvsl-zoo: upgrade it"
+            raise ArgumentError(f"unknown settings {', '.join(unknown)}", remedy)
         plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         kinds = get_type_hints(cls)
         for key, value in plain.items():

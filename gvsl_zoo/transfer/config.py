@@ -77,6 +77,7 @@ class FinetuneConfig(RunConfig):
             (not 0 <= (self.head_steps or 0) <= self.steps, f"head_steps {self.head_steps} of {self.steps}"),
             (not 0 < self.layer_decay <= 1, f"layer_decay {self.layer_decay}"),
             (self.augment < 0, f"augment {self.augment}"),
+            ((self.learning_rate or 0) < 0, f"learning_rate {self.learning_rate}"),
         ):
             if wrong:
                 raise ArgumentError(f"{what} in the settings of a run", "see gvsl_zoo.transfer.config.FinetuneConfig")
@@ -100,7 +101,7 @@ class FinetuneConfig(RunConfig):
     def peak_rate(self) -> float:
         """Of the head, while all learn that do."""
         default = SCRATCH_RATE if self.from_scratch and self.mode == "full" else LEARNING_RATE[self.mode]
-        return self.learning_rate or default
+        return default if self.learning_rate is None else self.learning_rate
 
 
 def settings_of(steps: int, named: dict[str, Any], others: tuple[str, ...] = ()) -> FinetuneConfig:
