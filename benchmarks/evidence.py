@@ -250,8 +250,8 @@ def over_scans(values: Mapping[tuple[str, str], float]) -> list[float]:
     names = sorted({name for pair in values for name in pair})
     mean = statistics.fmean(values.values())
     if set(names) & set(SEEN):
-        both = [[(values[a, b] + values[b, a]) / 2 for b in SEEN] for a in UNSEEN]
-        half = compare(np.array(both)).half
+        both = np.array([[(values[a, b] + values[b, a]) / 2 for b in SEEN] for a in UNSEEN])
+        half = compare(both).half if np.ptp(both) else 0.0  # the same everywhere, such as no fold
         return [mean, mean - half, mean + half]
     n = len(names)
     without = [statistics.fmean(value for pair, value in values.items() if name not in pair) for name in names]

@@ -81,14 +81,8 @@ class Ranking:
 
     @property
     def alike(self) -> tuple[Candidate, ...]:
-        """The best, and those that are not surely behind it: one is an answer, several are none.
-
-        Where even the best is surely worse than the damaged image, the model knows none of them, and all are alike.
-        """
+        """The best, and those that are not surely behind it: one is an answer, several are none."""
         best = self.candidates[0]
-        less, error = best.behind(Candidate("not restored", (0.0,) * len(best.gains)))
-        if less > SURE * error:
-            return self.candidates
         ranked = [(candidate, *candidate.behind(best)) for candidate in self.candidates]
         return tuple(candidate for candidate, less, error in ranked if candidate is best or less <= SURE * error)
 

@@ -106,13 +106,6 @@ def test_a_candidate_is_behind_by_its_mean_difference_over_the_same_damages():
     assert Ranking("axes", (best, noisy, other)).alike == (best, noisy)
 
 
-def test_a_model_that_restores_no_candidate_is_sure_of_none():
-    known, other = Candidate("a", (-0.2, 0.3, -0.3)), Candidate("b", (-2.0, -1.5, -2.2))
-    assert Ranking("intensity", (known, other)).alike == (known,)  # as good as the damaged image
-    worse, worst = Candidate("a", (-6.6, -6.5, -6.8)), Candidate("b", (-8.0, -7.9, -8.2))
-    assert Ranking("intensity", (worse, worst)).alike == (worse, worst)
-
-
 def test_a_backbone_has_no_restoration_head(scan):
     with pytest.raises(
         ArgumentError, match=r'UNet has no restoration head; load the whole module: .*task="pretraining"'

@@ -684,7 +684,9 @@ def feature_list():
 
 
 def of_the_authors():
-    return load("gvsl-unet-ct", pretrained=False)
+    model = load(NANO)
+    model.entry = model_info("gvsl-unet-ct")
+    return model
 
 
 def not_finite():

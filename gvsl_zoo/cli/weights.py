@@ -271,7 +271,8 @@ def _show_conventions(scan: Path, name: str, cache_dir: Path | None, as_json: bo
     for ranking in rankings:
         best, alike = ranking.candidates[0], ranking.alike
         verdict = "sure" if len(alike) == 1 else f"open: {len(alike)} of {len(ranking.candidates)} are alike"
-        click.echo(f"{ranking.question}: {verdict}")
+        doubt = ", doubtful: even the best undoes no damage" if best.gain <= 0 else ""
+        click.echo(f"{ranking.question}: {verdict}{doubt}")
         for one in ranking.candidates:
             if one in ranking.candidates[:SHOWN] or one.declared:
                 less, error = one.behind(best)
