@@ -60,20 +60,19 @@ def transfer_table(task: str) -> str:
 
 def together_table(runs: str) -> str:
     """Dice over three pre-training seeds of one recipe, and the gain +- half of its interval, bold where it is sure."""
-    table: dict[str, list[str]] = {"": [], "---": []}
+    columns: dict[tuple[str, int], dict[str, str]] = {}
     for task, scene in (("ct_lungs", "lungs"), ("hippocampus", "hippocampus")):
-        rows = json.loads((ROOT / f"benchmarks/results/transfer_{task}_{runs}.json").read_text())["together"]
-        counts = sorted({row["count"] for row in rows})
-        table[""] += [f"{scene}, {count}" for count in counts]
-        table["---"] += ["---"] * len(counts)
-        for row in rows:
+        for row in json.loads((ROOT / f"benchmarks/results/transfer_{task}_{runs}.json").read_text())["together"]:
             what = {"full": "whole network", "linear": "head alone"}[row["mode"]]
             sure = "**" if row["effect"] in ("helps", "hurts") else ""
-            table.setdefault(f"{what}, scratch", []).append(f"{row['scratch']:.1f}")
-            table.setdefault(f"{what}, pre-trained, three runs", []).append(f"{row['zoo']:.1f}")
-            gain = f"{sure}{row['difference']:+.1f} +- {row['half']:.1f}{sure}"
-            table.setdefault(f"{what}, gain", []).append(gain)
-    return "\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in table.items())
+            cells = columns.setdefault((scene, row["count"]), {})
+            cells[f"{what}, scratch"] = f"{row['scratch']:.1f}"
+            cells[f"{what}, pre-trained, three runs"] = f"{row['zoo']:.1f}"
+            cells[f"{what}, gain"] = f"{sure}{row['difference']:+.1f} +- {row['half']:.1f}{sure}"
+    lines = [["", *(f"{scene}, {count}" for scene, count in columns)], ["---"] * (1 + len(columns))]
+    for name in dict.fromkeys(name for cells in reversed(columns.values()) for name in cells):
+        lines.append([name, *(cells.get(name, "") for cells in columns.values())])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def ablation_table() -> str:
