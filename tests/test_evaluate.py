@@ -229,6 +229,21 @@ def test_the_command_scores_synthetic_organs_and_its_exit_code_tells_of_a_missin
     assert (tmp_path / "out/scores.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_where_a_data_set_names_no_labels_those_of_the_predictions_count(tmp_path):
+    """As after `finetune --labels`, for which other values are background."""
+    values = (cube([2, 2, 2]) + 2 * cube([12, 12, 12])).astype(np.uint8)
+    write(tmp_path / "set/labels", "a", values)
+    write(tmp_path / "set/images", "a", values)
+    comment = json.dumps({"labels": [{"name": "cube", "value": 1, "colour": None}]})
+    (tmp_path / "predicted").mkdir()
+    write_volume(Volume(values % 2, AFFINE, comment=comment), tmp_path / "predicted/a.nii.gz")
+    for references in (tmp_path / "set", tmp_path / "set/labels"):
+        assert evaluate(tmp_path / "predicted", references).labels == ("cube",)
+    assert evaluate(tmp_path / "predicted", tmp_path / "set", labels={"other": 2}).labels == ("other",)
+    with pytest.raises(ArgumentError, match="nowhere does not exist"):
+        evaluate(tmp_path / "nowhere", tmp_path / "set")
+
+
 # --- What the model has seen ----------------------------------------------------------------------------------------
 
 

@@ -133,8 +133,8 @@ def evaluate(
         references: a label file, a folder of them, or a data set (see `read_cases`), of which the test cases count if
             it has any, otherwise all that have a label. Of a classification a CSV with the columns `case` and `label`
             and none `image`, or a data set.
-        labels: values in label files by name: these are scored, and other values are background. Default: those of the
-            data set, or those that the first prediction names in its header, or every value that occurs.
+        labels: values in label files by name: these are scored, and other values are background. Default: those that
+            the data set names, or those that the first prediction names in its header, or every value that occurs.
         tolerance_mm: how far apart surfaces may lie that the surface Dice counts as the same.
         model: whose predictions these are, as `load` takes it. Its training saw none of the scans then, as far as its
             ledger knows; the scans are those of the data set, or those that `segment` noted beside its label maps.
@@ -284,7 +284,7 @@ def _reference_files(
         references = read_cases(path, labels=labels)
     cases = _to_score(references, Path)
     files = {case.name: Path(str(case.label)) for case in cases}
-    named = labels or {label.name: label.value for label in references.labels}
+    named = labels or {label.name: label.value for label in references.labels if label.name != str(label.value)}
     scans = {case.name: case.images for case in cases}
     subjects = {case.name: case.subject for case in cases}
     return files, {name: value for name, value in named.items() if value}, scans, subjects  # 0 is background
@@ -330,6 +330,8 @@ def _label_files(path: Path) -> dict[str, Path]:
 
 def _pairs(predictions: Path, references: dict[str, Path]) -> tuple[dict[str, tuple[Path, Path]], tuple[str, ...]]:
     """(prediction, reference) by case, and the cases without a prediction; two single files belong together."""
+    if not predictions.exists():
+        raise ArgumentError(f"{predictions} does not exist", "give the label maps that segment wrote")
     files = _label_files(predictions)
     if predictions.is_file() and len(references) == 1:
         files = dict(zip(references, files.values(), strict=True))
