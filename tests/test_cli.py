@@ -283,7 +283,7 @@ def test_a_film_is_refused(folder):
     ("code", "text", "args"),
     [
         (1, "does not exist; make it first", ["-o", "none/out.nii.gz"]),
-        (2, "end the name in .npz or .json", ["-o", "out.nii.gz", "--pool"]),
+        (2, "end it in .npz or .json", ["-o", "out.nii.gz", "--pool"]),
         (2, "--mask goes with --pool", ["-o", "out.nii.gz", "--mask", "mask.nii.gz"]),
         (2, "--picture without it", ["-o", "out.npz", "--pool", "--picture", "out.png"]),
         (2, "unknown device 'gpu'; use auto, cpu", ["-o", "out.nii.gz", "--device", "gpu"]),

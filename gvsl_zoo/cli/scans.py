@@ -48,11 +48,7 @@ def features_command(
 
     if (mask and not pool) or (picture and pool):
         raise ArgumentError("--mask goes with --pool, --picture without it", "leave one of them out")
-    wanted = (".npz", ".json") if pool else (".nii", ".nii.gz")
-    if not output.name.endswith(wanted):
-        raise ArgumentError(
-            f"the output {output.name!r} has no ending for this", f"end the name in {' or '.join(wanted)}"
-        )
+    check_ending(output, *((".npz", ".json") if pool else (".nii", ".nii.gz")))
     check_ending(picture, ".png")
     check_outputs((output, picture), (scan, mask), overwrite)
     model = load(name, device=device)

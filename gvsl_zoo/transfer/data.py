@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import ArgumentError, VolumeError, listed
-from ..film import FilmPreprocessing, flattened, prepare_film, read_film
+from ..film import FilmPreprocessing, flattened, prepare_scan, read_film
 from ..pretrain.augment import apply_pose, sample_pose
 from ..pretrain.data import seeded
 from ..registry import Input, Intensity, Label
-from ..volume import InputWarning, Prepared, Preprocessing, Volume, prepare, read_volume
+from ..volume import InputWarning, Prepared, Preprocessing, Volume, read_volume
 from .cases import Case, read_labels
 from .config import FinetuneConfig
 
@@ -151,9 +151,9 @@ def _prepared(scan: Volume | Path, recipe: Preprocessing | FilmPreprocessing) ->
     """A volume or film, given or read, on the grid of a recipe; its doubts are not warned about one by one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InputWarning)
-        if isinstance(recipe, FilmPreprocessing):
-            return prepare_film(scan if isinstance(scan, Volume) else read_film(scan), recipe)
-        return prepare(scan if isinstance(scan, Volume) else read_volume(scan), recipe)
+        if not isinstance(scan, Volume):  # a film's pixels count as 1 mm, as those of its label file do
+            scan = read_film(scan) if isinstance(recipe, FilmPreprocessing) else read_volume(scan)
+        return prepare_scan(scan, recipe)
 
 
 def _classes(case: Case, sources: list[Volume], labels: tuple[Label, ...], complete: bool) -> Volume:
