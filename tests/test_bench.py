@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from gvsl_zoo.volume import read_volume, write_volume
 from gvsl_zoo.zoo import load, save_pretrained
 
 NANO = "gvsl-unet-ct-nano"
+RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 ORGANS = {"liver": LABELS["liver"], "spine": LABELS["spine"]}
 CONFIG = FinetuneConfig(steps=2, crop=16, batch_size=1, augment=0.0)
 
@@ -96,6 +98,15 @@ def test_two_subjects_at_least_and_else_a_quarter_are_held_out_with_all_their_sc
     expected = max(min(2, subjects - 1), round(subjects / 4))
     assert len({case.subject for case in test}) == expected and len(test) == 2 * expected
     assert len(pool) == len(rows) - len(test)
+
+
+def test_stated_test_cases_are_those_tested_on_and_the_pool_is_that_of_the_committed_results(cases):
+    train = [Case(name, name, (), 0) for name in ("lidc0001", "cmb_crc_01068", "lidc0314", "lungdx_a0002")]
+    stated = [Case(name, name, (), 0, "test") for name in ("lungfcp_0001", "acrin_flt_013", "kits_00072")]
+    pool, test = hold_out(Cases("segmentation", (*train, *stated), cases.labels))
+    settings = json.loads((RESULTS / "transfer_ct_lungs.json").read_bytes())["settings"]
+    assert [case.name for case in test] == settings["test"]
+    assert [case.name for case in pool] == settings["pool"], "draws would come in another order than they did"
 
 
 def test_every_cell_has_a_file_of_its_own():

@@ -257,10 +257,12 @@ def bench(
 
 def hold_out(data: Cases) -> tuple[Cases, tuple[Case, ...]]:
     """Labelled cases to train on, and those to test on; no subject is in both."""
-    subjects = len({case.subject for case in data if case.label is not None and case.split != "test"})
-    least = min(TEST_SUBJECTS, subjects - 1) / max(subjects, 1)
-    split = split_cases(data, validation=max(TEST_SHARE, least))
-    stated = tuple(case for case in split.test if case.label is not None)
+    stated = tuple(case for case in data if case.split == "test" and case.label is not None)
+    share = TEST_SHARE
+    if not stated:
+        subjects = len({case.subject for case in data if case.label is not None and case.split != "test"})
+        share = max(share, min(TEST_SUBJECTS, subjects - 1) / max(subjects, 1))
+    split = split_cases(data, validation=share)
     train, test = (split.train + split.val, stated) if stated else (split.train, split.val)
     if not test:
         raise ArgumentError("there is no labelled case to test on", "give some the split test, or add subjects")
