@@ -28,7 +28,7 @@ import csv
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -248,7 +248,7 @@ def main() -> None:
         content = {
             "metric": metric,
             "statistics": STATISTICS,
-            "comparisons": [asdict(row) | {"effect": row.effect} for row in rows],
+            "comparisons": [row.to_dict() for row in rows],
             "areas": areas(scores),
             "folds": [{"settings": report.settings, "cells": report.cells} for report in folds],
         }
@@ -261,7 +261,7 @@ def main() -> None:
     if options.together:
         rows = comparisons(scores, arms, [models])
         print("\n".join(["", *lines(rows, metric)]))
-        content["together"] = [asdict(row) | {"effect": row.effect} for row in rows]
+        content["together"] = [row.to_dict() for row in rows]
     text = json.dumps(content | {"machine": machine()}, indent=2)
     result_path(options.task, models).write_text(text + "\n")
 

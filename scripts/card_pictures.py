@@ -31,7 +31,7 @@ from gvsl_zoo.volume import Volume
 from gvsl_zoo.weights import write_whole
 from gvsl_zoo.zoo import load, widest_task
 
-WIDTH, MOST_BYTES = 1280, 200_000  # of a picture: pixels, and bytes of its file
+WIDTH, MOST_BYTES = 1280, 200_000  # of a picture: pixels, and bytes beyond which it gets fewer colours
 CROP = {3: (48, 48, 48), 2: FILM_SHAPE}  # of two subjects to match, where the model does not say
 SUBJECTS, VOXELS = 4, {3: 25, 2: 90}  # of t-SNE: subjects, and voxels or pixels of a label in each
 ORGANS = (
@@ -59,7 +59,8 @@ def main() -> None:
     prepared = prepare_for(options.scan or drawn, model)
     components = principal_components(dense_features(prepared, model), body(prepared, model))
     what = options.scan.name if options.scan else "synthetic anatomy"
-    features_picture(prepared, components, f"{stem}-features.png", title=f"{entry.name}: features of {what}")
+    title = f"{entry.name}: features of {what}"
+    features_picture(prepared, components, f"{stem}-features.png", film=entry.ndim == 2, title=title)
     voxels_picture(options.name, entry, generator, f"{stem}-voxels.png")
     kinds = ["features", "voxels"]
     if "registration" in entry.tasks:
@@ -145,16 +146,16 @@ def matches_picture(model: Any, entry: ModelEntry, path: str) -> None:
 
 
 def shrunk(path: Path) -> int:
-    """The picture at the width of a card, with fewer colours where it would be too large; bytes of the file."""
+    """The picture at the width of a card, in 256 colours, dithered, where it would be too large; bytes of the file."""
     with Image.open(path) as image:
         height = round(image.height * WIDTH / image.width)
         small = image.convert("RGB").resize((WIDTH, height), Image.Resampling.LANCZOS)
-    for colours in (None, 256, 128, 64):
+    content = io.BytesIO()
+    small.save(content, "PNG", optimize=True)
+    if content.tell() > MOST_BYTES:
         content = io.BytesIO()
-        shown = small.quantize(colours, dither=Image.Dither.NONE) if colours else small
-        shown.save(content, "PNG", optimize=True)
-        if content.tell() <= MOST_BYTES:
-            break
+        palette = small.quantize(256)
+        small.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(content, "PNG", optimize=True)
     write_whole(path, content.getvalue())
     return content.tell()
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from gvsl_zoo import list_models, model_info
 from gvsl_zoo.models.unet import UNet
@@ -35,6 +37,11 @@ def load_table() -> str:
     return "\n".join([*rows, "", f"Extra resident memory before the first forward pass: {resident}."])
 
 
+def gain_of(row: dict[str, Any]) -> str:
+    """A gain with half of its interval, which may be unknown."""
+    return f"{row['difference']:+.1f} +- {'?' if row['half'] is None else format(row['half'], '.1f')}"
+
+
 def transfer_table(task: str) -> str:
     """Dice from scratch and from zoo weights, and the gain with half of its interval, bold where it is sure."""
     comparisons = json.loads((ROOT / f"benchmarks/results/transfer_{task}.json").read_text())["comparisons"]
@@ -45,7 +52,7 @@ def transfer_table(task: str) -> str:
     ]
     for mode, what in (("full", "whole network"), ("linear", "head alone")):
         cells = [c for n in counts for c in comparisons if (c["mode"], c["count"]) == (mode, n)]
-        gains = [f"{c['difference']:+.1f} +- {c['half']:.1f}" for c in cells]
+        gains = [gain_of(c) for c in cells]
         bold = [
             f"**{gain}**" if c["effect"] in ("helps", "hurts") else gain for gain, c in zip(gains, cells, strict=True)
         ]
@@ -68,7 +75,7 @@ def together_table(runs: str) -> str:
             cells = columns.setdefault((scene, row["count"]), {})
             cells[f"{what}, scratch"] = f"{row['scratch']:.1f}"
             cells[f"{what}, pre-trained, three runs"] = f"{row['zoo']:.1f}"
-            cells[f"{what}, gain"] = f"{sure}{row['difference']:+.1f} +- {row['half']:.1f}{sure}"
+            cells[f"{what}, gain"] = f"{sure}{gain_of(row)}{sure}"
     lines = [["", *(f"{scene}, {count}" for scene, count in columns)], ["---"] * (1 + len(columns))]
     for name in dict.fromkeys(name for cells in reversed(columns.values()) for name in cells):
         lines.append([name, *(cells.get(name, "") for cells in columns.values())])
@@ -156,6 +163,7 @@ def with_tables(text: str, page: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     for page in TABLES:
         path = ROOT / page
         path.write_text(with_tables(path.read_text(), page))
