@@ -5,8 +5,9 @@ A model is a name of the registry or the folder of a run, such as ./run. Pairs a
 saw, each onto each, and each onto and from four scans that training saw, without their labels. Dice is the mean of both
 lungs (labels by threshold, not by experts), on the model's grid.
 
-whole: as `register` does it with refine=0: the shift that lays the scans over each other is sought, then the matching
-    heads answer in one pass. Unlike there, an answer that correlates worse than none counts too.
+whole: the shift that lays the scans over each other is sought, as `register` does, then the matching heads answer in
+    one pass, whether that correlates more or not. as register answers: in up to four passes, smoothed, those that
+    correlate more.
 crops: as in training: one pass on boxes of the model's window (where it states none, cubes of 192 mm) about the middle
     of the body at the height of the lungs.
 
@@ -46,7 +47,7 @@ from benchmarks.timing import RESULTS, machine
 from benchmarks.transfer import LUNGS, MODEL, probed_films
 from gvsl_zoo import load, read_volume
 from gvsl_zoo.inference.features import mask_on_grid, prepare_for, preprocessing_of
-from gvsl_zoo.inference.register import correlation, lay_over, match, moved, read_at
+from gvsl_zoo.inference.register import answered, correlation, lay_over, match, moved, read_at
 from gvsl_zoo.inference.sliding import device_of
 from gvsl_zoo.ledger import check_unseen
 from gvsl_zoo.losses import local_ncc_loss
@@ -123,13 +124,17 @@ def whole_row(fixed: Chest, moving: Chest, model: WholeModule) -> tuple[Row, Ten
         "before": start,
         "affine": Chain((affine_from_voxels(affine, on_fixed), start)),
         "after": Chain((displacement_from_voxels(displacement, on_fixed), start)),
+        "register": start,
     }
+    if again := answered(model, on_fixed.image, laid, everywhere, "float32"):
+        ways["register"] = Chain((displacement_from_voxels(again[1], on_fixed), start))
     found = {name: measure(pair, lambda _, way=way: way) for name, way in ways.items()}  # type: ignore[misc]
     row = {f"dice_{name}": 100 * one["dice"] for name, one in found.items()}
     row |= {
         "ncc_before": correlation(laid, on_fixed.image, everywhere),
         "ncc_after": correlation(moved(laid, displacement), on_fixed.image, everywhere),
         "folded": found["after"]["folded"],
+        "folded_register": found["register"]["folded"],
     }
     return row, affine[0]
 
@@ -175,7 +180,7 @@ def crop_row(fixed: tuple[Tensor, Tensor], moving: tuple[Tensor, Tensor], model:
         "dice_after": 100 * organ_dice(lungs, moved_organs(others, displacement)),
         "ncc_before": 1 - local_ncc_loss(other, image).item(),
         "ncc_after": 1 - local_ncc_loss(warp(other, displacement), image).item(),
-        "folded": 100 * (jacobian_determinant(displacement) <= 0).float().mean().item(),
+        "folded": folded(displacement),
     }
     return row, affine[0]
 
@@ -208,9 +213,17 @@ def film_row(fixed: Tensor, moving: Tensor, model: WholeModule) -> tuple[Row, Te
     everywhere = torch.ones_like(fixed)
     affine, displacement = match(model, fixed, moving, everywhere, "float32")
     alone = affine_coordinates(affine, fixed.shape[2:]) - identity_grid(fixed.shape[2:], affine)
-    ways = {"before": moving, "affine": moved(moving, alone), "after": moved(moving, displacement)}
-    row = {f"ncc_{way}": correlation(image, fixed, everywhere) for way, image in ways.items()}
-    return row | {"folded": 100 * (jacobian_determinant(displacement) <= 0).float().mean().item()}, affine[0]
+    again = answered(model, fixed, moving, everywhere, "float32")
+    repeated = again[1] if again else torch.zeros_like(displacement)
+    ways = {"affine": alone, "after": displacement, "register": repeated}
+    row = {"ncc_before": correlation(moving, fixed, everywhere)}
+    row |= {f"ncc_{way}": correlation(moved(moving, found), fixed, everywhere) for way, found in ways.items()}
+    return row | {"folded": folded(displacement), "folded_register": folded(repeated)}, affine[0]
+
+
+def folded(displacement: Tensor) -> float:
+    """Voxels that a displacement folds, %."""
+    return 100 * (jacobian_determinant(displacement) <= 0).float().mean().item()
 
 
 def film_evidence(model: WholeModule, data: Path) -> dict[str, Any]:
@@ -234,7 +247,12 @@ def film_evidence(model: WholeModule, data: Path) -> dict[str, Any]:
 def summary(answers: Mapping[tuple[str, str], tuple[Row, Tensor]], metric: str = "dice") -> dict[str, Any]:
     """Mean and interval, [mean, low, high], of every column and of the gains in the metric; affine_sd; the rows."""
     table = {
-        pair: row | {f"gain_{way}": row[f"{metric}_{way}"] - row[f"{metric}_before"] for way in ("affine", "after")}
+        pair: row
+        | {
+            f"gain_{way}": row[f"{metric}_{way}"] - row[f"{metric}_before"]
+            for way in ("affine", "after", "register")
+            if f"{metric}_{way}" in row
+        }
         for pair, (row, _) in answers.items()
     }
     columns = next(iter(table.values()))
@@ -301,6 +319,10 @@ def lines(name: str, content: Mapping[str, Any]) -> list[str]:
         gain = "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*row["gain_after"], d=digits)
         rest = f"{row['better']:>6}  {row['folded'][0]:>9.2f}  {row['affine_sd']:>9.4f}"
         out.append(f"  {what:<22}{row['pairs']:>5}  {values}  {gain:<22}{rest}")
+        if f"{metric}_register" in row:
+            after, share = row[f"{metric}_register"][0], row["folded_register"][0]
+            gain = "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*row["gain_register"], d=digits)
+            out.append(f"    {'as register answers':<41}{after:>6.{digits}f}  {gain:<22}{share:>17.2f}")
     damaged, restored, gain = content["restoration"].values()
     out.append(f"  PSNR {damaged[0]:.1f} -> {restored[0]:.1f} dB, gain {'{:+.1f} [{:+.1f}, {:+.1f}]'.format(*gain)}")
     return out

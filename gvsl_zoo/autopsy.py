@@ -12,7 +12,7 @@ import numpy as np
 
 from .doctor import Check, Verdict
 from .errors import ArgumentError, GvslZooError
-from .film import read_film, read_for
+from .film import own_plane, read_film, read_for
 from .registry import InputStatistics, ModelEntry
 from .volume import InputWarning, Volume, canonical_view, read_volume
 from .zoo import preprocessing
@@ -24,6 +24,7 @@ SHIFT = 1024  # of CT stored without its negative values
 THIN = 96  # voxels an axis that are looked at
 FEW_VALUES, LARGEST_LABEL, FLAT = 150, 255, 0.6  # a label map; 0.7 of its neighbours are equal, 0.2 of an image's
 CLIPPED = 0.02  # share of voxels at the upper end, by which a window was applied
+SMALLEST_FILM = 8  # pixels an axis of a film whose middle and sides are looked at
 SHUFFLED, JUMP = 0.8, 2.5  # neighbouring slices: of fifteen CT 0.55 to 0.69 of those two apart, and jumps up to 1.9
 BEHIND = 0.03  # of the depth; bones lie 0.21 behind to 0.006 before the middle of the body in fifteen CT
 FACTOR, LEAST_VIEW, MOST_VIEW = 2.0, 0.5, 1.5  # of the training data's extremes, still taken as like them
@@ -99,10 +100,10 @@ def autopsy(scan: str | os.PathLike[str] | Volume, entry: ModelEntry) -> list[Ch
     checks += [_of_note(note) for note in volume.notes]
     if not np.isfinite(volume.data).all():
         return [*checks, Check("values", "FAIL", "NaN or infinite voxels", "replace them by air: -1024 HU, or 0")]
-    values, spacing_mm, view_mm = _seen(volume)
+    values, spacing_mm, view_mm = _seen(own_plane(volume) if entry.ndim == 2 else volume)
     checks.append(_intensity(values, entry))
     if entry.ndim == 2:
-        return [*checks, _film(values[0])]
+        return [*checks, _film(values[0])] if min(values[0].shape) >= SMALLEST_FILM else checks
     if not any(check.what == "orientation" for check in checks):
         codes = "".join(nib.orientations.aff2axcodes(volume.affine))
         checks.append(Check("orientation", "PASS", f"axes {codes}, turned to RAS+ on the way in"))
@@ -120,7 +121,7 @@ def _of_note(note: str) -> Check:
         return Check("orientation", "FAIL", note, fix)
     if "NaN or infinite" in note:
         return Check("values", "WARN", note, "replace them by air (-1024 HU, or 0 for MR) before the scan is resampled")
-    return Check("header", "WARN", note, "write matching sform, qform and pixdim, in mm")
+    return Check("header", "WARN", note, "write the true geometry: matching sform, qform and pixdim, in mm")
 
 
 def _intensity(values: np.ndarray, entry: ModelEntry) -> Check:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from .errors import WeightsError
 from .registry import ModelEntry
-from .weights import METADATA_KEY, WeightsFile, header_bytes, write_whole
+from .weights import METADATA_KEY, WeightsFile, header_bytes, read_header, write_whole
 
 CARD_KEY, ORIGINAL_KEY, RECORD_KEY = "gvsl_zoo_card", "gvsl_zoo_original", "gvsl_zoo_record"
 
@@ -81,3 +81,17 @@ def read(file: WeightsFile) -> Content:
     except (KeyError, ValueError, TypeError, RecursionError):
         remedy = "make one with gvsl-zoo export; load(path) opens any other weights file"
         raise WeightsError(f"{file.path} is no bundle", remedy) from None
+
+
+def original_in(file: WeightsFile, content: Content) -> WeightsFile:
+    """The original of an opened bundle, read where it lies: tensors and metadata are those that its own header tells.
+
+    Raises: WeightsError for a header that does not fit the data.
+    """
+    try:
+        slots, metadata = read_header(file.path, content.original, 8 + len(content.original) + len(content.data))
+    except WeightsError as error:
+        raise WeightsError(f"{file.path} holds a damaged file", "export it again") from error
+    shift = len(file.header) - len(content.original)
+    slots = {name: replace(slot, start=slot.start + shift, end=slot.end + shift) for name, slot in slots.items()}
+    return replace(file, slots=slots, metadata=metadata)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from .errors import SourceError
 
 OFFLINE_WORDS = {"1", "on", "yes", "true"}  # as the Hub's client reads HF_HUB_OFFLINE
 CacheDir = str | os.PathLike[str] | None
+NOTICE_SECONDS = 1.0  # of waiting for another process in silence
 
 
 def _hf_home() -> Path:
@@ -72,15 +74,30 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises: SourceError when the folder cannot be written.
     """
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
-    try:
+    lock = FileLock(folder / ".lock")
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
-            for orphan in folder.glob(".*.partial"):
-                with suppress(OSError):
-                    orphan.unlink()
-            yield
+        try:
+            lock.acquire(timeout=NOTICE_SECONDS)
+        except Timeout:
+            warnings.warn(f"waiting for another process that writes to {folder}", stacklevel=3)
+            lock.acquire()
+    try:
+        for orphan in folder.glob(".*.partial"):
+            with suppress(OSError):
+                orphan.unlink()
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Say of a failed write into a folder of ours that it is the cache's: SourceError."""
+    try:
+        yield
     except (OSError, NotImplementedError) as error:
         cause = f"cannot write to the cache {folder}: {getattr(error, 'strerror', None) or error}"
         raise SourceError(cause, "free space, or choose another folder (HF_HOME, cache_dir)") from error

@@ -12,6 +12,7 @@ from .errors import RegistryError
 from .registry import Evaluation, InputStatistics, ModelEntry, Proof, model_info
 
 LIBRARY = "gvsl-zoo"
+HERE = "path/to/this/folder"  # how a card calls the folder that it lies in
 HUB_LICENCES = {  # the Hub's names, which are those of SPDX in small letters; it knows more
     *("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0"),
     *("cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "openrail"),
@@ -26,7 +27,7 @@ TASK_TYPES = {"segmentation": "image-segmentation", "classification": "image-cla
 
 
 def card_files(entry: ModelEntry, repo: str | None = None, pictures: Collection[str] = ()) -> dict[str, str]:
-    """README.md (the card), config.json, preprocessor_config.json and LICENSE, by their names.
+    """config.json, preprocessor_config.json, LICENSE and README.md (the card), by their names.
 
     Args:
         repo: the repository on the Hub for which they are made, to tell how to load it from there.
@@ -34,10 +35,10 @@ def card_files(entry: ModelEntry, repo: str | None = None, pictures: Collection[
     """
     config = {"library_name": LIBRARY, "library_version": __version__, "entry": entry.to_dict()}
     return {
-        "README.md": model_card(entry, repo, pictures),
         "config.json": json.dumps(config, indent=2) + "\n",
         "preprocessor_config.json": json.dumps(entry.to_dict()["input"], indent=2) + "\n",
         "LICENSE": licence_text(entry),
+        "README.md": model_card(entry, repo, pictures),
     }
 
 
@@ -68,7 +69,7 @@ def model_card(entry: ModelEntry, repo: str | None = None, pictures: Collection[
         f"## Training\n\n{_training(entry)}",
         f"## Evaluation\n\n{_evaluation(entry)}",
         *(["## Pictures\n\n" + "\n\n".join(f"![{text}]({name})\n\n{text}" for name, text in shown)] if shown else []),
-        *([f"## Proof\n\n{_proof(proof, entry.name, repo)}"] if proof else []),
+        *([f"## Proof\n\n{_proof(proof, repo)}"] if proof else []),
         f"## Limits\n\n{entry.limits or 'None stated.'}",
         f"## Licence\n\n{_licence(entry)}",
         f"## Citation\n\n{entry.citation}",
@@ -94,7 +95,8 @@ def _metadata(entry: ModelEntry) -> str:
     ]
     data = ModelCardData(
         license=licence if licence in HUB_LICENCES else "other",
-        license_name=None if licence in HUB_LICENCES else "see-LICENSE",
+        license_name=None if licence in HUB_LICENCES else "see-license",
+        license_link=None if licence in HUB_LICENCES else "LICENSE",
         library_name=LIBRARY,
         pipeline_tag=TASK_TYPES.get(entry.trained_head or "", "image-feature-extraction"),
         datasets=list(entry.datasets) or None,
@@ -117,12 +119,15 @@ def _base_on_hub(entry: ModelEntry) -> str | None:
     return next((source.repo for source in sources if source.kind == "hub"), None)
 
 
+def _place(repo: str | None) -> str:
+    return f"hf-hub:{repo}" if repo else HERE
+
+
 def _usage(entry: ModelEntry, repo: str | None) -> str:
-    source = f"hf-hub:{repo}" if repo else "path/to/this/folder"
     scan = "scan.nii.gz" if entry.ndim == 3 else "film.png"
     task = f', task="{entry.trained_head}"' if entry.trained_head else ""
     result = "logits" if entry.trained_head else "features"
-    lines = f'net = load("{source}"{task})\n{result} = net(net.preprocess("{scan}"))'
+    lines = f'net = load("{_place(repo)}"{task})\n{result} = net(net.preprocess("{scan}"))'
     return f"```python\nfrom gvsl_zoo import load\n\n{lines}\n```"
 
 
@@ -157,18 +162,23 @@ def _statistics(known: InputStatistics, entry: ModelEntry) -> str:
     return "\n".join(rows)
 
 
-def _proof(proof: Proof, name: str, repo: str | None) -> str:
+def _proof(proof: Proof, repo: str | None) -> str:
     outputs = ", ".join(dict.fromkeys(one.output for one in proof.digests))
     return (
-        f"`gvsl-zoo verify --maths {f'hf-hub:{repo}' if repo else name}` computes {outputs} on images of the formula "
-        f"{proof.input} and compares them with {len(proof.digests)} digests that this entry carries: within "
-        f"{proof.tolerance:g} SD in float32, {proof.tolerance_bf16:g} in bfloat16."
+        f"`gvsl-zoo verify --maths {_place(repo)}` computes {outputs} on images of the formula {proof.input} and "
+        f"compares them with {len(proof.digests)} digests that this entry carries: within {proof.tolerance:g} SD in "
+        f"float32, {proof.tolerance_bf16:g} in bfloat16."
     )
 
 
 def _labels(entry: ModelEntry) -> str:
     rows = ["| channel | name | value in label files |", "|---|---|---|"]
-    return "\n".join(rows + [f"| {i} | {label.name} | {label.value} |" for i, label in enumerate(entry.labels)])
+    return "\n".join(rows + [_line(str(i), label.name, str(label.value)) for i, label in enumerate(entry.labels)])
+
+
+def _line(*cells: str) -> str:
+    """A line of a table in Markdown."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _model(entry: ModelEntry) -> str:
@@ -196,14 +206,14 @@ def _evaluation(entry: ModelEntry) -> str:
     if not entry.evaluation:
         return "Nothing has been measured."
     rows = ["| task | data | metric | value | scratch | seeds | measured by |", "|---|---|---|---|---|---|---|"]
-    return "\n".join(rows + [_row(e) for e in entry.evaluation])
+    rows += [_row(e) for e in entry.evaluation]
+    return "\n".join(rows) + "\n\nWeights that were rounded to float16 or bfloat16 keep these numbers."
 
 
 def _row(e: Evaluation) -> str:
     scratch = "" if e.scratch is None else f"{e.scratch:g}"
     source = f"`{e.command}`" if e.command else "the paper"
-    cells = (e.task, e.data, e.metric, f"{e.value:g}", scratch, ", ".join(map(str, e.seeds)), source)
-    return f"| {' | '.join(cells)} |"
+    return _line(e.task, e.data, e.metric, f"{e.value:g}", scratch, ", ".join(map(str, e.seeds)), source)
 
 
 def _licence(entry: ModelEntry) -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import WeightsError, listed
-from .weights import MAX_AXES, looks_like
+from .weights import MAX_AXES, SAVE_AGAIN, looks_like
 
 MAX_PICKLE_BYTES = 8 * 2**20  # data.pkl of XMorpher with Adam's state has 230 kB
 MAX_OPERATIONS = 200_000  # of the pickle; the same has 40,000
@@ -56,9 +56,6 @@ GLOBALS = {
     *map(str, STORAGES.values()),
 }
 DOWNLOAD_AGAIN = "the file is damaged or no checkpoint of PyTorch: get it again from its source"
-SAVE_AGAIN = (
-    "where you trust the file, open it with its own program and save model.state_dict() with a current torch.save"
-)
 
 
 def short(key: object) -> str:
@@ -77,9 +74,12 @@ def read_archive(path: Path) -> tuple[bytes, dict[str, int]]:
         size = os.fstat(file.fileno()).st_size
         start = file.read(300)
         if not start.startswith(b"PK\3\4"):
-            what = "it looks like a tar archive" if start[257:262] == b"ustar" else looks_like(start, size)
-            old = start.startswith(b"\x80") or what.endswith("tar archive")
-            raise WeightsError(f"is not a zip archive of torch.save: {what}", SAVE_AGAIN if old else DOWNLOAD_AGAIN)
+            if start[8:9] == b"{":
+                raise WeightsError("is a safetensors file already", "load opens it as it is")
+            tar = start[257:262] == b"ustar"
+            what, remedy = ("it looks like a tar archive", SAVE_AGAIN) if tar else looks_like(start, size)
+            remedy = DOWNLOAD_AGAIN if start.startswith(b"PK") else remedy
+            raise WeightsError(f"is not a zip archive of torch.save: {what}", remedy)
         file.seek(max(0, size - 98))
         end = file.read().rjust(98, b"\0")  # zip64 record (56 bytes), its locator (20), end record (22)
         directory = int.from_bytes(end[40:48] if end[56:60] == b"PK\6\7" else end[88:92], "little")

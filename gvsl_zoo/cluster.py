@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import ArgumentError, VolumeError
+from .errors import VolumeError, needs
 
 
 def connect(address: str) -> Any:
     """A `distributed.Client` of the scheduler at an address such as tcp://10.0.0.1:8786; a context manager.
 
-    Errors: ArgumentError where dask is not installed; VolumeError when no scheduler answers within 30 seconds.
+    Errors: GvslZooError where dask is not installed, VolumeError when no scheduler answers within 30 seconds.
     """
-    try:
-        from distributed import Client
-    except ImportError:
-        raise ArgumentError("a cluster needs dask", "pip install 'gvsl-zoo[cluster]'") from None
+    needs("cluster", "a cluster", "distributed")
+    from distributed import Client
+
     try:
         return Client(address, timeout=30)
     except (OSError, ValueError) as error:

@@ -12,17 +12,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .cache import sha256_of
-from .checkpoint import DOWNLOAD_AGAIN, SAVE_AGAIN, Claim, outline, read_archive, read_tensors, short
-from .errors import WeightsError, listed
+from .checkpoint import DOWNLOAD_AGAIN, Claim, outline, read_archive, read_tensors, short
+from .errors import SourceError, WeightsError, listed
 from .models.gemini import GEMINI
 from .models.gvsl import GVSL
 from .models.unet import UNet
 from .registry import OBJECTIVE_HEADS, Head, Input, Intensity, Licence, ModelEntry, model_info
-from .weights import METADATA_KEY, check_content, open_weights, write_weights
+from .weights import METADATA_KEY, SAVE_AGAIN, check_content, open_weights, write_weights
 
 MAX_WIDTH = 1024  # of a U-Net; 32 is the released one
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")  # keys under which training loops save a model
-PREFIXES = ("module", "_orig_mod")  # of DistributedDataParallel and torch.compile
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")  # keys that say which of several is the model
+PREFIXES = (  # of DistributedDataParallel, torch.compile, FSDP and its checkpointing
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+)
+LEVELS = "inc|down[1-4]|up[1-4]"  # of a U-Net
+ROOTS = f"unet|swin|{LEVELS}"  # names of ours, which are no prefix even where all tensors of a file share one
+COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 HEAD_OF: dict[str, Head] = {  # part of the whole module -> head, as released
     **dict.fromkeys(("f_conv", "fc_rot", "fc_scl", "fc_trans", "fc_shear"), "affine"),
     **dict.fromkeys(("sp_conv", "out_flow"), "deformable"),
@@ -80,8 +88,9 @@ def convert(
 ) -> ConversionReport:
     """Convert a PyTorch checkpoint to a safetensors file that carries its entry, as `load(dst)` needs it.
 
-    Accepted are state dicts, alone or in a dict under one of WRAPPERS, their names with or without PREFIXES: the U-Net
-    of any width (with or without `unet.`), alone or with whole heads of GVSL or GEMINI; the released XMorpher network.
+    Accepted are state dicts, alone or in a dict: under one of WRAPPERS, or under the only key that holds tensors.
+    PREFIXES, and any prefix that all names share, are taken from the names. They may hold the U-Net of any width (with
+    or without `unet.`), alone or with whole heads of GVSL or GEMINI, or the released XMorpher network.
 
     Args:
         src: the .pth file.
@@ -89,20 +98,25 @@ def convert(
         name: a model of the registry, which the file must be; its description is written into the file.
         overwrite: replace an existing `dst`.
 
-    Raises: WeightsError for a file that is damaged, holds code or is another model, RegistryError for an unknown name.
+    Raises: WeightsError for a file that is damaged, holds code or is another model, RegistryError for an unknown name,
+        SourceError where `dst` cannot be written.
     """
     source, target = Path(src), Path(dst)
     entry = None if name is None else model_info(name)
     with _explained(source):
         _check_target(source, target, overwrite)
         wrapper, state, left_out = _find_state(outline(*read_archive(source)))
-        names = _canonical(state)
+        if COUNTER in state:
+            del state[COUNTER]
+            left_out.append(COUNTER)
+        names, shared = _canonical(state)
         claims = {ours: state[theirs] for ours, theirs in names.items()}
         content = _recognise(claims)
         entry = _checked_entry(entry, content) if entry else _generic_entry(source, content)
         tensors = read_tensors(source, wrapper, names, claims)
         source_sha256 = sha256_of(source)
-    layout = ([wrapper] if wrapper else []) + [f"{prefix}." for prefix in PREFIXES if _has_part(state, prefix)]
+    layout = ([short(wrapper)] if wrapper else []) + [f"{prefix}." for prefix in PREFIXES if _has_part(state, prefix)]
+    layout += [f"{short(part)}." for part in shared]
     if content.architecture == "unet" and not content.heads:
         layout += ["unet."] * _has_part(state, "unet")
         tensors = {ours.removeprefix("unet."): tensor for ours, tensor in tensors.items()}
@@ -111,7 +125,7 @@ def convert(
         write_weights(tensors, target, {"format": "pt", METADATA_KEY: json.dumps(entry.to_dict())})
     except (OSError, ValueError) as error:  # the latter: a NUL in the path
         cause = f"{target} cannot be written: {getattr(error, 'strerror', None) or error}"
-        raise WeightsError(cause, "free space, or choose another folder") from None
+        raise SourceError(cause, "free space, or choose another folder") from None
     return ConversionReport(
         source=str(source),
         source_sha256=source_sha256,
@@ -181,30 +195,37 @@ def _find_state(top: Any) -> tuple[str | None, dict[str, Claim], list[str]]:
         items = of.items() if isinstance(of, dict) else ()
         return {key: value for key, value in items if isinstance(key, str) and isinstance(value, Claim)}
 
-    wrappers = [key for key in WRAPPERS if isinstance(top, dict) and tensors(top.get(key))]
+    wrapped = [key for key in top if isinstance(key, str) and tensors(top[key])] if isinstance(top, dict) else []
+    wrappers = [key for key in WRAPPERS if key in wrapped] or ([] if tensors(top) else wrapped)
     if len(wrappers) > 1:
-        raise WeightsError(f"holds several state dicts: {', '.join(wrappers)}", "save the one that is meant")
+        several = listed([*map(short, wrappers)])
+        raise WeightsError(f"holds several state dicts: {several}", "save the one that is meant")
     wrapper = wrappers[0] if wrappers else None
     inner = top[wrapper] if wrapper else top
     state = tensors(inner)
     if not state:
-        known = ", ".join(WRAPPERS)
-        raise WeightsError(f"holds no state dict, neither on its own nor under {known}", SAVE_AGAIN)
+        raise WeightsError("holds no state dict, neither on its own nor under a key", SAVE_AGAIN)
     beside = [key for key in top if key != wrapper] if wrapper else []
     return wrapper, state, [short(key) for key in (*beside, *(key for key in inner if key not in state))]
 
 
-def _canonical(state: Mapping[str, Claim]) -> dict[str, str]:
-    """The released names of the whole module -> the names in the file."""
+def _canonical(state: Mapping[str, Claim]) -> tuple[dict[str, str], list[str]]:
+    """The released names of the whole module -> the names in the file, and the prefixes that all of these share."""
+    parts = {theirs: [part for part in theirs.split(".") if part not in PREFIXES] for theirs in state}
+    shared: list[str] = []
+    for first, *others in zip(*(kept[:-1] for kept in parts.values()), strict=False):
+        if re.fullmatch(ROOTS, first) or {first} != {first, *others}:
+            break
+        shared.append(first)
     names: dict[str, str] = {}
-    for theirs in state:
-        ours = ".".join(part for part in theirs.split(".") if part not in PREFIXES)
-        if re.match(r"(inc|down[1-4]|up[1-4])\.", ours):
+    for theirs, kept in parts.items():
+        ours = ".".join(kept[len(shared) :])
+        if re.match(rf"({LEVELS})\.", ours):
             ours = f"unet.{ours}"
         if ours in names:
             raise WeightsError(f"holds {short(ours)} twice", "save one model without prefixes")
         names[ours] = theirs
-    return names
+    return names, shared
 
 
 def _recognise(claims: Mapping[str, Claim]) -> _Content:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, VolumeError
+from .errors import ArgumentError, VolumeError, listed
 from .film import FilmPreprocessing, write_film
 from .inference.features import body, dense_features, prepare_for, principal_components, recipe_of
 from .losses import local_ncc_loss
@@ -22,7 +22,7 @@ from .pretrain.anatomy import FILM_LABELS, LABELS, Film, Subject, sample_film, s
 from .pretrain.augment import damage
 from .report import Row, draw, matching_row, middle, restoration_row, scan_rows
 from .spatial import jacobian_determinant, warp
-from .volume import Prepared, Volume, write_volume
+from .volume import Prepared, Volume, check_outputs, write_volume
 
 SHAPE = (96, 96, 96)  # voxels of the synthetic scan: the whole thorax
 SPACING_MM = 4.0  # when the model does not say
@@ -66,12 +66,14 @@ def run_demo(
     Args:
         model: loaded with task="pretraining", with `preprocessing`.
         out_dir: made if missing; receives demo.png, features.nii.gz (on the model's grid) and, without a scan, the
-            synthetic one as input.nii.gz, a film as input.png. Files of an earlier demonstration are replaced.
+            synthetic one as input.nii.gz, a film as input.png. Those of an earlier demonstration, which left a
+            demo.png, are replaced.
         scan: for features and restoration, of a model of films a film; default a synthetic thorax. Matching always
             takes pairs of synthetic subjects, whose organs are known.
         progress: called with a line of text before each step.
 
-    Errors: ArgumentError for a model without the heads; VolumeError for a folder that cannot be written.
+    Errors: ArgumentError for a model without the heads; VolumeError for a folder that cannot be written, or that has
+        files of these names and no demo.png.
     """
     if not isinstance(model, WholeModule):
         cause = f"{type(model).__name__} has no matching and restoration heads"
@@ -85,16 +87,20 @@ def run_demo(
     drawing, damaging, matching = (torch.Generator().manual_seed(SEED + step) for step in range(3))
     film = isinstance(recipe_of(model), FilmPreprocessing)
 
-    input_path = None
+    input_path = None if scan else out_dir / ("input.png" if film else "input.nii.gz")
+    features_path, picture = out_dir / "features.nii.gz", out_dir / "demo.png"
+    strange = [path.name for path in (features_path, input_path) if path and path.exists() and not picture.exists()]
+    if strange:
+        cause = f"{str(out_dir)!r} has {listed(strange)} and no demo.png, so not of a demonstration"
+        raise VolumeError(cause, "choose another folder")
+    check_outputs((input_path, features_path, picture), [scan.path if scan else None], overwrite=True)
+
     if scan is None:
         say(f"drawing a synthetic {'film' if film else 'CT'}")
         scan, _ = subject(model, SHAPE, drawing)
-        input_path = out_dir / ("input.png" if film else "input.nii.gz")
-        write_film(scan, input_path, like=scan.data.dtype, overwrite=True)
     say("computing dense features")
     prepared = prepare_for(scan, model)
     local = dense_features(prepared, model)
-    write_volume(prepared.place(local), out_dir / "features.nii.gz", overwrite=True)
     components = principal_components(local, body(prepared, model))
 
     say("restoring damaged crops")
@@ -112,16 +118,20 @@ def run_demo(
         f"(mean of {DAMAGES} random damages: {damaged_db:.1f} → {restored_db:.1f} dB)"
     )
     rows = [
-        *(scan_rows(prepared, components) if film else [_features_row(prepared, components)]),
-        restoration_row(crops[shown], prepared.spacing_mm, restored),
+        *(scan_rows(prepared, components, film=True) if film else [_features_row(prepared, components)]),
+        restoration_row(crops[shown], prepared.spacing_mm, restored, film=film),
         matching_row(images, spacing_mm, _matching_note(numbers)),
     ]
     entry = getattr(model, "entry", None)
     name = scan.path.name if scan.path else f"synthetic {'film' if film else 'CT'}" if input_path else "a scan"
-    draw(rows, f"{entry.name if entry else 'GVSL'} on {name}", out_dir / "demo.png")
+    title = f"{entry.name if entry else 'GVSL'} on {name}"
+    draw(rows, title, picture)  # first: it tells that the files beside it are of a demonstration
+    write_volume(prepared.place(local), features_path, overwrite=True)
+    if input_path:
+        write_film(scan, input_path, like=scan.data.dtype, overwrite=True)
     return DemoResult(
-        picture=out_dir / "demo.png",
-        features=out_dir / "features.nii.gz",
+        picture=picture,
+        features=features_path,
         input=input_path,
         feature_channels=len(local),
         psnr_damaged_db=damaged_db,

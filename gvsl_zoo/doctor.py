@@ -247,7 +247,7 @@ def _reachable(url: str, where: str) -> Check:
         return Check(where, "WARN", "not asked: HF_HUB_OFFLINE is set", "unset it to allow the network")
     try:
         requests.head(url, timeout=READ_SECONDS, allow_redirects=False)
-        return Check(where, "PASS", f"{url} answers")
+        return Check(where, "PASS", f"{hub.shown(url)} answers")
     except requests.RequestException as error:
         fix = "without network, use cached models or bundles (gvsl-zoo import)"
-        return Check(where, "WARN", f"{url} does not answer ({type(error).__name__})", fix)
+        return Check(where, "WARN", f"{hub.shown(url)} does not answer ({type(error).__name__})", fix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 MAX_LISTED = 5  # names that an error lists
 
@@ -25,6 +26,13 @@ class GvslZooError(Exception):
         super().__init__(f"{cause}; {remedy}" if remedy else cause)
         self.cause = cause
         self.remedy = remedy
+
+
+def needs(extra: str, what: str, *modules: str) -> None:
+    """Refuse what cannot be done without the modules of an optional extra, where one of them is not installed."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise GvslZooError(f"{what} needs {' and '.join(missing)}", f'pip install "gvsl-zoo[{extra}]"')
 
 
 class ArgumentError(GvslZooError, ValueError):

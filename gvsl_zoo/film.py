@@ -1,7 +1,8 @@
 """Films: grey PNG and DICOM pictures, as arrays and as volumes of one slice, and what a 2D model expects of them.
 
 A film's world is its own plane: x along the columns, y down the rows, from the middle of the first pixel; in
-millimetres where the file says how large a pixel is, else in pixels, which count as 1 mm.
+millimetres where the file says how large a pixel is, else in pixels, which count as 1 mm. A NIfTI file of one slice
+keeps the world of its affine, but i is the column and j the row all the same, whatever the affine says of up and left.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from .errors import ArgumentError, VolumeError
 from .transforms import Affine
 from .volume import (
+    SLICED,
     Prepared,
     Preprocessing,
     Volume,
@@ -36,7 +38,6 @@ from .weights import write_whole
 EIGHT_BITS = 255
 FRAME_MM = 400.0  # of a film's longer axis where it does not say: chest films are 350 to 430 mm long
 MATCHED_PIXELS = 512  # along the longer axis of the grid that films are matched on; the size of He et al. 2025
-SLICED = ("CT", "MR", "PT", "NM")  # modalities whose DICOM files are slices of volumes
 SPACING_TAGS = ("0028|0030", "0018|1164", "0018|2010")  # PixelSpacing, ImagerPixelSpacing, NominalScannedPixelSpacing
 
 
@@ -57,7 +58,7 @@ class FilmPreprocessing:
 
 
 def prepare_film(film: Volume, recipe: FilmPreprocessing) -> Prepared:
-    """Bring a film, a volume of one slice, onto a model's grid: image (1, 1, 1, H, W).
+    """Bring a film, a volume of one slice, onto a model's grid: image (1, 1, 1, H, W), j down and i along it.
 
     One that looks scaled already, of values up to 1 for a window beyond it, is warned about as `prepare` does.
 
@@ -68,7 +69,10 @@ def prepare_film(film: Volume, recipe: FilmPreprocessing) -> Prepared:
     x, y, z = film.spacing_mm
     window = recipe.window if film.data.max() <= EIGHT_BITS else (None, None)
     spacing = (z, y * height / H, x * width / W)
-    return prepare(film, Preprocessing(spacing, unit="arbitrary", window=window, scale=recipe.scale))
+    flat = own_plane(film)
+    prepared = prepare(flat, Preprocessing(spacing, unit="arbitrary", window=window, scale=recipe.scale))
+    to_world = film.affine @ np.linalg.inv(flat.affine)
+    return replace(prepared, affine=to_world @ prepared.affine, source=film)
 
 
 def read_film(path: str | os.PathLike[str]) -> Volume:
@@ -125,6 +129,11 @@ def prepare_scan(scan: Volume | str | os.PathLike[str], recipe: Preprocessing | 
     return prepare_film(volume, recipe) if isinstance(recipe, FilmPreprocessing) else prepare(volume, recipe)
 
 
+def own_plane(film: Volume) -> Volume:
+    """The film in the world of its own plane: x along i, the columns, y along j, the rows."""
+    return replace(film, affine=np.diag([*film.spacing_mm, 1.0]))
+
+
 def on_film(picture: Volume, film: Volume) -> Volume:
     """A mask or label map of a film's pixels in the place of the film; VolumeError for another size."""
     if picture.shape != film.shape:
@@ -174,10 +183,11 @@ def together(fixed: Volume, moving: Volume) -> tuple[Affine, Affine]:
     """
     known, affines = known_size(fixed) and known_size(moving), []
     for film in (fixed, moving):
-        scale = 1.0 if known else FRAME_MM / _extent(film).max()
-        matrix = np.diag([scale, scale, 1.0, 1.0])
+        plane = own_plane(film).affine
+        scale = 1.0 if known else FRAME_MM / (np.array(film.shape[:2]) * film.spacing_mm[:2]).max()
+        matrix = np.diag([scale, scale, 1.0, 1.0]) @ plane @ np.linalg.inv(film.affine)
         middle = film.affine @ [*((n - 1) / 2 for n in film.shape), 1.0]
-        matrix[:3, 3] = -(matrix @ middle)[:3]
+        matrix[:3, 3] -= (matrix @ middle)[:3]
         affines.append(Affine(matrix))
     return affines[0], affines[1]
 
@@ -200,18 +210,17 @@ def lay_frames(fixed: Volume, moving: Volume, recipe: FilmPreprocessing) -> Laid
     """
     films = one_slice(fixed), one_slice(moving)
     affines = together(*films)
-    extents = [affine.matrix[0, 0] * _extent(film) for film, affine in zip(films, affines, strict=True)]
-    pixel_mm = max(affines[0].matrix[0, 0] * min(fixed.spacing_mm[:2]), extents[0].max() / MATCHED_PIXELS)
+    pixels = [  # mm of a column and of a row in the frame
+        np.linalg.norm((affine.matrix @ film.affine)[:3, :2], axis=0)
+        for film, affine in zip(films, affines, strict=True)
+    ]
+    extents = [pixel * film.shape[:2] for film, pixel in zip(films, pixels, strict=True)]
+    pixel_mm = max(pixels[0].min(), extents[0].max() / MATCHED_PIXELS)
     prepared = []
     for film, extent in zip(films, extents, strict=True):
         width, height = (max(1, round(float(side) / pixel_mm)) for side in extent)
         prepared.append(prepare_film(film, replace(recipe, size=recipe.size or (height, width))))
     return Laid(prepared[0], prepared[1], affines)
-
-
-def _extent(film: Volume) -> np.ndarray:
-    """What a film spans along its columns' and rows' axes, (2,)."""
-    return np.array(film.shape[:2]) * film.spacing_mm[:2]
 
 
 def flattened(x: Tensor, recipe: Preprocessing | FilmPreprocessing) -> Tensor:
@@ -269,6 +278,8 @@ def _dicom_pixels(path: Path, unit: str) -> np.ndarray:
     if len(frames) != 1 or frames.ndim != 3:
         raise VolumeError(f"pictures in colour, or several, of shape {frames.shape}", "give grey films, one a file")
     pixels = frames[0]
+    if (low := pixels.min()) < 0:  # such as signed ones that were turned
+        pixels = pixels.astype(np.int64 if pixels.dtype.kind == "i" else np.float64) - low
     if unit == "grey" and not 0 <= pixels.min() <= pixels.max() <= EIGHT_BITS:
         raise VolumeError("a picture of more than 8 bits", "choose the unit 'arbitrary'")
     return pixels
@@ -284,6 +295,8 @@ def _png_pixels(path: Path, unit: str) -> np.ndarray:
     with Image.open(path, formats=["PNG"]) as image:
         wide = image.mode.startswith("I")  # 16 bits
         pixels = np.asarray(image if wide else image.convert("RGB"))
+    if not wide and path.read_bytes()[24] == 16:  # the bits that its first chunk tells of
+        raise VolumeError("16 bits in colour or with transparency, of which Pillow reads 8", "save it as grey alone")
     if wide:
         if unit == "grey":
             raise VolumeError("a picture of 16 bits", "choose the unit 'arbitrary'")

@@ -63,6 +63,11 @@ def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", DEFAULT_ENDPOINT).rstrip("/")
 
 
+def shown(url: str) -> str:
+    """An address without the name and password that it may hold."""
+    return re.sub("//[^/]*@", "//", url)
+
+
 def parse_name(name: str, file: str, revision: str | None = None) -> HubFile:
     """The file that `hf-hub:org/repo` or `hf-hub:org/repo@revision` means; default the branch main."""
     repo, _, own = name.removeprefix(PREFIX).partition("@")
@@ -325,12 +330,13 @@ def _explanation(error: Exception, repo: str) -> SourceError:
         chain.append(cause)
         if isinstance(cause, SourceError):  # ours, wrapped by the client's upload threads
             return cause
+    address = shown(endpoint())
     known: tuple[tuple[type[BaseException], str, str], ...] = (
-        (hub.GatedRepoError, f"{repo} is gated", f"accept its terms on {endpoint()}/{repo}, then {LOG_IN} see it"),
+        (hub.GatedRepoError, f"{repo} is gated", f"accept its terms on {address}/{repo}, then {LOG_IN} see it"),
         (hub.RepositoryNotFoundError, f"{repo} does not exist, or is private", f"check its name, or {LOG_IN} see it"),
         (hub.RevisionNotFoundError, f"{repo} has no such revision", "check the commit, branch or tag"),
         (hub.RemoteEntryNotFoundError, f"{repo} has no such file", "check the name and the revision"),
-        (hub.FileMetadataError, f"{endpoint()} does not answer as the Hub does (a sign-in page?)", "check the network"),
+        (hub.FileMetadataError, f"{address} does not answer as the Hub does (a sign-in page?)", "check the network"),
         (hub.OfflineModeIsEnabled, "the client is offline (HF_HUB_OFFLINE)", "go online, or import a bundle"),
         (hub.LocalTokenNotFoundError, "there is no token on this machine", f"{LOG_IN} do this"),
     )
@@ -352,7 +358,8 @@ def _explanation(error: Exception, repo: str) -> SourceError:
     last = type(chain[-1]).__name__
     if "Redirect" in last:
         return SourceError(f"{WHERE} redirects in a circle", download.TRY_LATER)
-    return Transient(f"the connection to {endpoint()} failed ({last}: {str(chain[-1])[:120]})")
+    said = str(chain[-1]).replace(endpoint(), address)[:120]
+    return Transient(f"the connection to {address} failed ({last}: {said})")
 
 
 # --- Writing --------------------------------------------------------------------------------------------------------
@@ -361,7 +368,8 @@ def _explanation(error: Exception, repo: str) -> SourceError:
 def push(folder: Path, repo: str, *, token: str | None, private: bool, branch: str | None, message: str) -> str:
     """Upload the files of a folder in one commit, making the repository if need be; return the commit.
 
-    Raises: SourceError for every failure, of whatever library.
+    Raises: ArgumentError for a public repository that was to be private; SourceError for every failure, of whatever
+        library.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
@@ -374,6 +382,8 @@ def push(folder: Path, repo: str, *, token: str | None, private: bool, branch: s
     with _of_a_push(), _metered(meter), _explained(repo), ExitStack() as files:
         _check_token(token)
         api.create_repo(repo, private=private, exist_ok=True)
+        if private and not api.repo_info(repo).private:
+            raise ArgumentError(f"{repo} exists and is public", "make it private on the Hub, or push without private")
         if branch:
             api.create_branch(repo, branch=branch, exist_ok=True)
         additions = [  # open files go over plain HTTP, as downloads do

@@ -21,6 +21,7 @@ from .registry import Ledger
 from .volume import InputWarning, Volume
 
 SALT = b"gvsl-zoo ledger 1"
+MOST_LISTED = 10_000  # scans in the ledger of an entry: 0.7 MB of its text
 ROUNDING = 1e-5, 0.25  # of the range, at most in units: what a scaled 16-bit integer makes of a whole number
 
 
@@ -82,12 +83,14 @@ def _hash_at(path: Path, changed_ns: int, size: int) -> str:
 
 def ledger_of(paths: Iterable[Path], start: Ledger | None = None) -> Ledger:
     """The ledger of a training on these files, from weights with the ledger `start`."""
-    return joined(start or Ledger(complete=True), Ledger(True, tuple(map(file_hash, paths))))
+    start = start or Ledger(complete=True)
+    return Ledger(start.complete, tuple(sorted({*start.scans, *map(file_hash, paths)})))
 
 
 def joined(first: Ledger, second: Ledger) -> Ledger:
-    """The ledger of what has seen all that two ledgers list."""
-    return Ledger(first.complete and second.complete, tuple(sorted({*first.scans, *second.scans})))
+    """The ledger, for an entry, of what has seen all that two list; with more than MOST_LISTED it is not complete."""
+    scans = sorted({*first.scans, *second.scans})
+    return Ledger(first.complete and second.complete and len(scans) <= MOST_LISTED, tuple(scans[:MOST_LISTED]))
 
 
 def seen(cases: Mapping[str, Sequence[Path]], ledger: Ledger) -> tuple[str, ...]:

@@ -205,8 +205,12 @@ def masked_cosine_loss(u: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x (B, C, *shape) over the voxels of a batch that the mask (B, 1, *shape) counts; 0 if it counts none."""
-    return (x * mask).sum() / (mask.sum() * x.shape[1]).clamp_min(1)
+    """Mean of x (B, C, *shape) over the voxels that the mask (B, 1, *shape) counts, then over the images; scalar.
+
+    Of an image without any it is 0. A batch of two is the mean of two batches of one.
+    """
+    inside, counted = (part.flatten(1).sum(1) for part in (x * mask, mask))
+    return (inside / (counted * x.shape[1]).clamp_min(1)).mean()
 
 
 # --- Segmentation ----------------------------------------------------------------------------------------------------
@@ -223,8 +227,10 @@ def dice_loss(logits: Tensor, classes: Tensor) -> Tensor:
 
     Source: Milletari et al. 2016; over the batch as in Isensee et al. 2021 (nnU-Net).
     """
-    probabilities = logits.float().softmax(1).movedim(1, 0).flatten(1)[1:]  # (K - 1, voxels)
-    truth = F.one_hot(classes.long(), logits.shape[1]).movedim(-1, 0).flatten(1)[1:].float()
-    both, size = (probabilities * truth).sum(1), probabilities.sum(1) + truth.sum(1)
-    there = truth.amax(1)
-    return ((1 - 2 * both / size.clamp_min(1)) * there).sum() / there.sum().clamp_min(1)
+    probabilities = logits.float().softmax(1)
+    names = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (logits.ndim - 2))
+    truth = classes[:, None] == names
+    parts = (torch.where(truth, probabilities, 0.0), probabilities, truth)
+    both, found, held = (part.sum([0, *range(2, logits.ndim)])[1:] for part in parts)  # (K - 1,)
+    dice = 2 * both / (found + held).clamp_min(1)
+    return ((1 - dice) * (held > 0)).sum() / (held > 0).sum().clamp_min(1)

@@ -17,7 +17,7 @@ from .film import FilmPreprocessing, prepare_film, read_film
 from .ledger import ledger_of
 from .models.gemini import WholeModule
 from .pretrain.config import PretrainConfig
-from .pretrain.data import Scan, ScanPairs
+from .pretrain.data import Scan, ScanPairs, is_first
 from .pretrain.entry import publish
 from .pretrain.loop import pretrain
 from .pretrain.run import last_record
@@ -228,7 +228,8 @@ def reproduce(
 ) -> Reproduction:
     """Make a model's weights again as its recipe says, and compare them with it; called again, go on.
 
-    The run's folder becomes a model with the registry's entry, but the evaluation and the ledger of the run.
+    The run's folder becomes a model with the registry's entry, but the evaluation and the ledger of the run. Of several
+    processes the first one writes it.
 
     Args:
         out: the run's folder.
@@ -241,6 +242,8 @@ def reproduce(
     model = train(recipe, out, data, **options)
     measured = last_record(out)
     result = _compared(name, recipe, str(out / WEIGHTS_NAME), measured)
+    if not is_first():
+        return result
     entry = model_info(name)
     rows = tuple(
         Evaluation("registration", VALIDATION, v.name, round(v.measured, 4), command=f"gvsl-zoo reproduce {name}")

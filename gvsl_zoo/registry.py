@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from yaml.composer import Composer
 
 from .errors import ArgumentError, RegistryError
 
@@ -326,13 +327,25 @@ class ModelEntry:
 # --- Reading: YAML is only composed into nodes, never constructed, so every value has a line and no magic ---
 
 
-class _PlainLoader(yaml.SafeLoader):
+if yaml.__with_libyaml__:
+
+    class _Loader(Composer, yaml.CSafeLoader):
+        """The parser in C, several times faster, under the composer in Python."""
+
+        def __init__(self, stream: str) -> None:
+            yaml.CSafeLoader.__init__(self, stream)
+            Composer.__init__(self)
+else:
+    _Loader = yaml.SafeLoader  # type: ignore[misc, assignment]
+
+
+class _PlainLoader(_Loader):
     """Composes plain YAML only: no anchors, aliases, tags or deep nesting."""
 
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        event: Any = self.peek_event()
         for wrong, problem in (
             (getattr(event, "anchor", None), "anchors and aliases are not accepted"),
             (getattr(event, "tag", None), "tags are not accepted"),
@@ -470,7 +483,7 @@ class _Reader:
             return options[text]
         if kind is not str:
             expression, convert, meaning = _UNQUOTED[kind]
-            if node.style is not None or not re.fullmatch(expression, text):
+            if node.style or not re.fullmatch(expression, text):
                 self.refuse(node, f"{name}: expected {meaning}, got {_short(text)}")
             return convert(text)
         if not text.strip() or _is_null(node):
@@ -489,11 +502,11 @@ class _Reader:
         if _is_null(node):
             return None
         fits = (kind for kind, (expression, *_) in _UNQUOTED.items() if re.fullmatch(expression, str(node.value)))
-        return self.scalar(next(fits, str) if getattr(node, "style", "") is None else str, node, name)
+        return self.scalar(str if getattr(node, "style", "") else next(fits, str), node, name)
 
 
 def _is_null(node: yaml.Node) -> bool:
-    return isinstance(node, yaml.ScalarNode) and node.style is None and node.value in ("", "~", "null")
+    return isinstance(node, yaml.ScalarNode) and not node.style and node.value in ("", "~", "null")
 
 
 def _own_path() -> Path:
@@ -629,6 +642,10 @@ def model_info(name: str) -> ModelEntry:
     tried = str(name)[:80].lower()
     near = get_close_matches(tried, entries, 3, 0.8) or get_close_matches(tried, entries, 1, 0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? See" if near else "see"
+    if re.search(r"[/\\]|\.safetensors$", str(name)):
+        hint = "this takes names of the registry, no path or repository: see"
+    elif os.path.lexists(str(name)):
+        hint = f"for the path here write './{name}'; {hint}"
     raise RegistryError(f"unknown model {_short(str(name))}", f"{hint} gvsl_zoo.list_models().")
 
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import ArgumentError, GvslZooError
-from .film import known_size, together
+from .film import known_size, own_plane, together
 from .registry import Label
 from .transforms import Affine, Grid, warp_volume
 from .volume import Prepared, Volume, canonical_view
@@ -43,7 +44,7 @@ FILM = "film"  # the plane of a film, which lies as one looks at it
 
 LABEL_OPACITY = 0.6
 LATTICE_MM, CHECKER_MM = 20, 30  # of the pictures of registrations
-MOST_NAMED, LONGEST_NAME = 7, 20  # labels in a legend, and letters of each: it is one line
+LONGEST_NAME, MORE = 20, 1.0  # letters of a label in a legend, and inches for "and 12 more": it is one line
 Colour = tuple[float, float, float]  # red, green, blue in [0, 1]
 LABEL_COLOURS: tuple[Colour, ...] = (  # of labels without one: Tableau's ten without the grey
     (0.84, 0.15, 0.16),
@@ -90,7 +91,9 @@ class Row:
     legend: Sequence[tuple[str, Colour]] = ()
 
 
-def features_picture(prepared: Prepared, components: Tensor, path: str | os.PathLike[str], *, title: str = "") -> None:
+def features_picture(
+    prepared: Prepared, components: Tensor, path: str | os.PathLike[str], *, film: bool = False, title: str = ""
+) -> None:
     """A scan in three orthogonal planes and, below, its first three feature components as red, green and blue; a film
     with its components beside it.
 
@@ -98,21 +101,23 @@ def features_picture(prepared: Prepared, components: Tensor, path: str | os.Path
         prepared: the scan on the model's grid.
         components: (3, D, H, W) in [0, 1] on that grid, from `principal_components`.
         path: the PNG file; written whole or not at all, replaced if it is there.
+        film: whether it is one, for a model of films; a volume of one slice is shown as a volume.
 
     Errors: ArgumentError for components on another grid; GvslZooError when matplotlib is missing or the file cannot be
         written.
     """
-    draw(scan_rows(prepared, components), title or "Dense features of a scan", path)
+    draw(scan_rows(prepared, components, film=film), title or "Dense features of a scan", path)
 
 
-def scan_rows(prepared: Prepared, components: Tensor) -> list[Row]:
+def scan_rows(prepared: Prepared, components: Tensor, *, film: bool = False) -> list[Row]:
     """Two rows: the scan, and its feature components; of a film one row of both."""
     if components.shape != (3, *prepared.shape):
         raise ArgumentError(f"components of shape {tuple(components.shape)}", f"expected {(3, *prepared.shape)}")
     image = prepared.image[0, 0]
+    components = components * _without_specks((components > 0).any(0))
     limits, planes, colours = display_range(image), [], []
     said = "first three principal components as red, green and blue"
-    if prepared.shape[0] == 1:
+    if film:
         scale, size = known_size(prepared.source), " × ".join(map(str, reversed(image.shape[1:])))
         planes = [
             _panel(image, FILM, 0, prepared.spacing_mm, "film", limits, scale=scale),
@@ -130,15 +135,30 @@ def scan_rows(prepared: Prepared, components: Tensor) -> list[Row]:
     ]
 
 
+def _without_specks(mask: Tensor) -> Tensor:
+    """The mask (D, H, W) where most of the voxels around are in it too: those of noisy air are alone."""
+    kernel = [3 if n > 2 else 1 for n in mask.shape]
+    share = F.avg_pool3d(mask[None].float(), kernel, 1, [n // 2 for n in kernel], count_include_pad=False)[0]
+    return mask & (share > 0.5)
+
+
 def labels_picture(
-    scan: Volume, found: Volume, labels: Sequence[Label], path: str | os.PathLike[str], *, title: str = ""
+    scan: Volume,
+    found: Volume,
+    labels: Sequence[Label],
+    path: str | os.PathLike[str],
+    *,
+    film: bool = False,
+    title: str = "",
 ) -> None:
-    """A scan in the three orthogonal planes that cut most of its labels and, below, the labels over it.
+    """A scan in the three orthogonal planes that cut most of its labels and, below, the labels over it; a film with its
+    labels beside it.
 
     Args:
         found: the label map of `scan`, on its grid.
         labels: their names and colours; the first is the background.
         path: the PNG file; written whole or not at all, replaced if it is there.
+        film: whether it is one, of a model of films; a volume of one slice is shown as a volume.
 
     Errors: ArgumentError for labels on another grid; GvslZooError when matplotlib is missing or the file cannot be
         written.
@@ -151,26 +171,36 @@ def labels_picture(
     inside = classes[thin] != labels[0].value
     colours = {label.value: _colour(label, number) for number, label in enumerate(labels[1:])}
     planes, overlays = [], []
-    for axis, name in enumerate(PLANES):
+    for axis, name in enumerate((FILM,) if film else PLANES):
         counts = inside.sum(tuple({0, 1, 2} - {axis}))
         index = int(counts.argmax()) * thin[axis].step if counts.any() else image.shape[axis] // 2
-        caption = f"{name}, slice {index + 1} of {image.shape[axis]}"
+        size = " × ".join(map(str, reversed(image.shape[1:])))
+        caption = f"{size} pixels (columns, rows)" if film else f"{name}, slice {index + 1} of {image.shape[axis]}"
         row, column = (s for other, s in enumerate(spacing) if other != axis)
-        grey, values = (array.take(index, axis)[::-1, ::-1] for array in (image, classes))
+        grey, values = (array.take(index, axis)[_turned(name)] for array in (image, classes))
         shown = ((grey.astype(np.float32) - limits[0]) / (limits[1] - limits[0])).clip(0, 1)[..., None].repeat(3, 2)
-        planes.append(Panel(shown, (row, column), caption, letters=LETTERS[name], scale=not axis))
+        scale, letters = known_size(scan) if film else not axis, LETTERS.get(name, "")
+        planes.append(Panel(shown, (row, column), caption, letters=letters, scale=scale))
         for value, colour in colours.items():
             shown = np.where((values == value)[..., None], _over(shown, colour), shown)
-        overlays.append(Panel(shown, (row, column), f"labels, {name}", letters=LETTERS[name]))
+        overlays.append(Panel(shown, (row, column), "labels" if film else f"labels, {name}", letters=letters))
     legend = [
         (label.name, colours[label.value]) for label in labels[1:] if (inside & (classes[thin] == label.value)).any()
     ]
     spacing_text, shape = (" × ".join(f"{n:.3g}" for n in reversed(v)) for v in (spacing, image.shape))
+    said = "" if legend else "none found"
     rows = [
         Row("Scan", f"{shape} voxels (x, y, z) of {spacing_text} mm; patient's right on the left", planes),
-        Row("Labels", "" if legend else "none found", overlays, legend),
+        Row("Labels", said, overlays, legend),
     ]
-    draw(rows, title or "Labels of a scan", path)
+    rows = [Row("Film and labels", said, [*planes, *overlays], legend)] if film else rows
+    draw(rows, title or f"Labels of a {'film' if film else 'scan'}", path)
+
+
+def _turned(plane: str) -> tuple[slice, slice]:
+    """Rows and columns of a canonical plane as a radiologist looks at it; a film lies so already."""
+    step = 1 if plane == FILM else -1
+    return slice(None, None, step), slice(None, None, step)
 
 
 def _over(shown: np.ndarray, colour: Colour) -> np.ndarray:
@@ -184,13 +214,13 @@ def _colour(label: Label, number: int) -> Colour:
     return red, green, blue
 
 
-def restoration_row(images: Mapping[str, Tensor], spacing_mm: Sequence[float], note: str) -> Row:
+def restoration_row(images: Mapping[str, Tensor], spacing_mm: Sequence[float], note: str, *, film: bool = False) -> Row:
     """Middle axial slices and errors of the images "original", "damaged", "restored", each (D, H, W) in [0, 1].
 
     Of films, (1, H, W), the films themselves.
     """
     index = images["original"].shape[0] // 2
-    plane = "axial" if index else FILM
+    plane = FILM if film else "axial"
     panels = [
         _panel(images[name], plane, index, spacing_mm, name, scale=name == "original")
         for name in ("original", "damaged", "restored")
@@ -209,7 +239,7 @@ def matching_row(images: Mapping[str, Tensor], spacing_mm: Sequence[float], note
     Of films, (1, H, W), the films themselves, with displacements (2, 1, H, W).
     """
     fixed, moving, warped = (images[name] for name in ("fixed", "moving", "warped"))
-    name, index = (FILM, 0) if len(fixed) == 1 else ("coronal", middle(fixed)[1])
+    name, index = (FILM, 0) if len(images["displacement"]) == 2 else ("coronal", middle(fixed)[1])
     limits = display_range(fixed)
     panels = [
         _panel(image, name, index, spacing_mm, caption, limits, scale=caption == "fixed")
@@ -226,7 +256,13 @@ def matching_row(images: Mapping[str, Tensor], spacing_mm: Sequence[float], note
 
 
 def registration_picture(
-    fixed: Volume, moving: Volume, found: Registration, path: str | os.PathLike[str], *, title: str = ""
+    fixed: Volume,
+    moving: Volume,
+    found: Registration,
+    path: str | os.PathLike[str],
+    *,
+    film: bool = False,
+    title: str = "",
 ) -> None:
     """Two scans or films before and after registration, a checkerboard, and a lattice of the moving one's millimetres.
 
@@ -234,22 +270,25 @@ def registration_picture(
 
     Args:
         path: the PNG file; written whole or not at all, replaced if it is there.
+        film: whether they are films; volumes of one slice are shown as volumes.
 
     Errors: GvslZooError when matplotlib is missing or the file cannot be written.
     """
     grid = found.displacement_mm.grid
-    unmoved = _as_headers_say(moving, fixed)
-    (still, spacing), (before, _), (after, _) = (canonical_view(volume) for volume in (fixed, unmoved, found.warped))
-    points = [  # where each voxel lies in the moving scan, mm along z, y, x
-        canonical_view(Volume(places, grid.affine))[0] for places in reversed(_moved_mm(found).transpose(3, 0, 1, 2))
-    ]
+    unmoved = _as_headers_say(moving, fixed, film)
+    places = [Volume(mm, grid.affine) for mm in _moved_mm(found).transpose(3, 0, 1, 2)]
+    (still, spacing), *others = (
+        canonical_view(own_plane(volume) if film else volume) for volume in (fixed, unmoved, found.warped, *places)
+    )
+    before, after, *along = (array for array, _ in others)
+    points = along[::-1]  # where each voxel lies in the moving scan, mm along z, y, x
     image = torch.from_numpy(np.ascontiguousarray(still, np.float32))
     limits, centre = display_range(image), middle(image)
-    rows, film = [], fixed.shape[2] == moving.shape[2] == 1
+    rows = []
     step = LATTICE_MM if found.report["unit"] == "mm" else max(1, max(fixed.shape) // 20)
-    for axis, name in ((0, "film"),) if film else ((1, "coronal"), (0, "axial")):
+    for axis, name in ((0, FILM),) if film else ((1, "coronal"), (0, "axial")):
         index = centre[axis]
-        turned = (slice(None, None, 1 if film else -1),) * 2
+        turned = _turned(name)
         row, column = (s for other, s in enumerate(spacing) if other != axis)
         a, b, c = (array.take(index, axis)[turned].astype(np.float32) for array in (still, before, after))
         lattice = np.ones_like(a)
@@ -272,10 +311,10 @@ def registration_picture(
     draw(rows, title or "Registration", path)
 
 
-def _as_headers_say(moving: Volume, fixed: Volume) -> Volume:
+def _as_headers_say(moving: Volume, fixed: Volume, film: bool) -> Volume:
     """The moving scan on the fixed grid where its header has it, a film frame on frame; empty where that is nowhere."""
     start = np.eye(4)
-    if fixed.shape[2] == moving.shape[2] == 1:
+    if film:
         still, moved = together(fixed, moving)
         start = np.linalg.inv(moved.matrix) @ still.matrix
     try:
@@ -356,17 +395,21 @@ def draw(rows: Sequence[Row], title: str, path: str | os.PathLike[str]) -> None:
         """Text hung at (x, y) inches from the page's lower left corner; a dollar sign is no formula."""
         return figure.text(x / WIDTH, y / page, text, size=size, color=color, va="top", parse_math=False, **style)
 
-    title = title if len(title) <= LONGEST_TITLE else title[: LONGEST_TITLE - 1] + "…"
-    write(MARGIN, page - MARGIN, title, 17, weight="bold")
+    write(MARGIN, page - MARGIN, _cut(title, LONGEST_TITLE), 17, weight="bold")
     top = page - MARGIN - TITLE
     for row, scale, height in zip(rows, scales, heights, strict=True):
         heading = write(MARGIN, top - 0.1, row.heading, 12, weight="bold")
         note = write(heading.get_window_extent(renderer).x1 / DPI + 0.15, top - 0.125, row.note, 10, FAINT)
         right = note.get_window_extent(renderer).x1 / DPI
-        for name, colour in row.legend[:MOST_NAMED]:
-            named = write(right, top - 0.125, f"■ {name[:LONGEST_NAME]}", 10, colour, weight="bold")
-            right = named.get_window_extent(renderer).x1 / DPI + 0.2
-        if (hidden := len(row.legend) - MOST_NAMED) > 0:
+        hidden = len(row.legend)
+        for name, colour in row.legend:
+            named = write(right, top - 0.125, f"■ {_cut(name, LONGEST_NAME)}", 10, colour, weight="bold")
+            end = named.get_window_extent(renderer).x1 / DPI + 0.2
+            if end > WIDTH - MARGIN - MORE:
+                named.remove()
+                break
+            right, hidden = end, hidden - 1
+        if hidden:
             write(right, top - 0.125, f"and {hidden} more", 10, FAINT)
         top -= HEADING
         left = MARGIN
@@ -387,6 +430,10 @@ def draw(rows: Sequence[Row], title: str, path: str | os.PathLike[str]) -> None:
                 left += BAR
         top -= height + CAPTION
     _save(figure, Path(path))
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def curves_picture(

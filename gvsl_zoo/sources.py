@@ -11,7 +11,8 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ class Access:
 
     cache_dir: str | os.PathLike[str] | None = None
     local_files_only: bool = False
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False)
 
     @property
     def offline(self) -> bool:
@@ -74,7 +75,10 @@ def is_path(name: str) -> bool:
 
 def open_path(path: Path) -> Found:
     """The checked file of a path, or of the `model.safetensors` in a folder."""
-    return _checked(path / WEIGHTS_NAME if path.is_dir() else path, None)
+    with suppress(OSError, RuntimeError):  # what is too long for a name is refused below
+        path = path.expanduser()
+        path = path / WEIGHTS_NAME if path.is_dir() else path
+    return _checked(path, None)
 
 
 def locate(entry: ModelEntry, access: Access = ANYWHERE) -> Found:
@@ -122,7 +126,7 @@ def candidates(entry: ModelEntry, access: Access) -> Iterator[tuple[str, Callabl
         if entry.status == "upstream" and _converted(cache.upstream_folder(entry.name, access.cache_dir)):
             break  # it is here already: `_from_drive` takes it, without network
         if (path := folder / f"{entry.name}.safetensors").is_file():
-            yield f"mirror {folder}", lambda path=path: import_bundle(path, access.cache_dir, entry.name)[1]  # type: ignore[misc]
+            yield f"mirror {folder}", lambda path=path: _from_mirror(path, entry, access)  # type: ignore[misc]
     for kind, where, get in (("hub", hub.WHERE, _from_hub), ("gdrive", "Google Drive", _from_drive)):
         for source in entry.sources:
             if source.kind == kind:
@@ -145,6 +149,17 @@ def _on_disk(path: Path, sha256: str) -> Found:
         remedy = "bring it back, or correct the registry; weights/ comes with a clone, not with the package"
         raise NotHere(f"there is no file {path}", remedy)
     return _checked(path, sha256)
+
+
+def _from_mirror(path: Path, entry: ModelEntry, access: Access) -> Found:
+    """The weights of a mirror's bundle: brought into our cache or, where that cannot be written, as they lie in it."""
+    found, content, _ = _vouched(path, entry.name)
+    try:
+        return _keep(content, entry, access.cache_dir)
+    except SourceError:
+        if content.record and content.sha256 not in _pinned(entry):
+            _check_first_seen(entry, content.record["sha256"], cache.upstream_folder(entry.name, access.cache_dir))
+        return found
 
 
 def _checked(path: Path, sha256: str | None) -> Found:
@@ -276,7 +291,7 @@ def _convert_upstream(entry: ModelEntry, source: Source, checkpoint: Path, folde
         "first_seen": _record(folder).get("first_seen", time.strftime("%Y-%m-%d")),
         "safetensors": report.sha256,
     }
-    write_whole(folder / RECORD, json.dumps(record, indent=2).encode())
+    _write(folder / RECORD, json.dumps(record, indent=2).encode())
     return _checked(folder / WEIGHTS_NAME, report.sha256)
 
 
@@ -318,29 +333,34 @@ def import_bundle(path: Path, cache_dir: cache.CacheDir = None, name: str | None
     Returns: the name, and the stored file.
     Raises: RegistryError for a name that the registry lacks, WeightsError for other bytes than the registry's.
     """
-    content = bundle.read(_checked(path, None).file)
+    _, content, entry = _vouched(path, name)
+    return entry.name, _keep(content, entry, cache_dir)
+
+
+def _vouched(path: Path, name: str | None) -> tuple[Found, bundle.Content, ModelEntry]:
+    """The original in a bundle, for which the registry's hash or the record of the authors' checkpoint vouches."""
+    found = _checked(path, None)
+    content = bundle.read(found.file)
     if name not in (None, content.name):
         raise WeightsError(f"{path} holds {content.name}, not {name}", "rename it, or export it again")
     entry = model_info(content.name)
     pinned = _pinned(entry)
-    if content.sha256 in pinned:
-        return entry.name, _store(content.sha256, content.parts, cache_dir)
-    if pinned or content.record is None or entry.status != "upstream":
+    if content.sha256 not in pinned and (pinned or content.record is None or entry.status != "upstream"):
         cause = f"{path} holds sha256 {content.sha256}; {entry.name} is {_expected(pinned)}"
         raise WeightsError(cause, "export it again")
+    return found._replace(file=bundle.original_in(found.file, content)), content, entry
+
+
+def _keep(content: bundle.Content, entry: ModelEntry, cache_dir: cache.CacheDir) -> Found:
+    """Put the content of a bundle into our cache."""
+    if content.record is None or content.sha256 in _pinned(entry):
+        return _store(content.sha256, content.parts, cache_dir)
     folder = cache.upstream_folder(entry.name, cache_dir)
     with cache.locked(folder):
-        _check_first_seen(entry, str(content.record.get("sha256")), folder)
-        staged = folder / ".import.partial"  # nothing vouches for this header: a bad one must not replace a good file
-        write_whole(staged, *content.parts)
-        try:
-            open_weights(staged)
-        except WeightsError as error:
-            staged.unlink()
-            raise WeightsError(f"{path} holds a damaged file", "export it again") from error
-        staged.replace(folder / WEIGHTS_NAME)
-        write_whole(folder / RECORD, json.dumps(content.record, indent=2).encode())
-        return entry.name, _checked(folder / WEIGHTS_NAME, content.sha256)
+        _check_first_seen(entry, content.record["sha256"], folder)
+        _write(folder / WEIGHTS_NAME, *content.parts)
+        _write(folder / RECORD, json.dumps(content.record, indent=2).encode())
+        return _checked(folder / WEIGHTS_NAME, content.sha256)
 
 
 def export_bundle(name: str, output: Path, access: Access = ANYWHERE, *, overwrite: bool = False) -> Path:
@@ -381,5 +401,10 @@ def _expected(pinned: set[str]) -> str:
 def _store(sha256: str, parts: Iterable[bytes | memoryview], cache_dir: cache.CacheDir) -> Found:
     path = cache.stored_path(sha256, cache_dir)
     with cache.locked(path.parent):
-        write_whole(path, *parts)
+        _write(path, *parts)
     return _checked(path, sha256)
+
+
+def _write(path: Path, *parts: bytes | memoryview) -> None:
+    with cache.writing(path.parent):
+        write_whole(path, *parts)

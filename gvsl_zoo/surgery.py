@@ -66,6 +66,8 @@ def transplant(model: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str],
     Returns: which tensors were placed, left out, and kept by the target.
     Errors: ArgumentError where fewer than three convolutions fit, or where they fit in several places.
     """
+    if not isinstance(into, nn.Module):
+        raise ArgumentError(f"a {type(into).__name__} to transplant into", "give the network itself, a torch module")
     source = load(model) if isinstance(model, str | os.PathLike) else model
     tensors = dict(source.state_dict() if isinstance(source, nn.Module) else source)
     if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
@@ -121,7 +123,9 @@ def _by_name(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Mat
 
     Errors: ArgumentError where two pairs of prefixes do equally well and differ in what they place.
     """
-    first = next((name for name, tensor in tensors.items() if _is_kernel(tensor)), None)
+    ours_first, their_first = (
+        next((name for name, tensor in each.items() if _is_kernel(tensor)), None) for each in (tensors, target)
+    )
     ours_by_ending = defaultdict(list)
     for name in tensors:
         for prefix, ending in _endings(name):
@@ -133,7 +137,11 @@ def _by_name(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Mat
                 namesakes[our_prefix, their_prefix][ours] = theirs
 
     def placed(names: Mapping[str, str]) -> dict[str, str]:
-        pairs = {ours: theirs for ours, theirs in names.items() if _fits(tensors[ours], target[theirs], ours == first)}
+        pairs = {
+            ours: theirs
+            for ours, theirs in names.items()
+            if _fits(tensors[ours], target[theirs], ours == ours_first or theirs == their_first)
+        }
         return pairs if sum(_is_kernel(tensors[name]) for name in pairs) >= MIN_CONVOLUTIONS else {}
 
     ranked = sorted(((placed(names), names) for names in namesakes.values()), key=lambda two: (*map(len, two),))

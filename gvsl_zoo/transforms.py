@@ -16,7 +16,6 @@ import re
 import struct
 import tempfile
 import warnings
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,14 +31,23 @@ from torch import Tensor
 
 from .errors import ArgumentError, GvslZooError, VolumeError, listed
 from .spatial import sample
-from .volume import CT_WINDOW_HU, InputWarning, Prepared, Volume, check_output, read_volume
+from .volume import (
+    CT_WINDOW_HU,
+    SINGULAR,
+    InputWarning,
+    Prepared,
+    Volume,
+    check_output,
+    checked_affine,
+    nifti_stream,
+    read_volume,
+)
 from .weights import write_whole
 
 BLOCK = 64  # voxels an axis that are mapped at once: coordinates of a block stay in the cache
 INVERSE_TOLERANCE = 0.01  # voxels of the displacement's finest axis: |T(q) - p| of an inverse q of p
 INVERSE_STEPS = 100  # a strain of 0.9 needs 65 from 10 voxels away
 FIT_POINTS = 16  # an axis; enough for the affine part of a displacement
-SINGULAR = 1e-6  # determinant of an affine with unit columns; voxel spacings may differ freely
 EDGE = 1e-6  # voxels: rounding may not decide on which side of a voxel's face a point lies
 MAX_TEXT_BYTES = 64 * 2**20
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -70,7 +78,7 @@ class Grid:
     def __post_init__(self) -> None:
         if len(self.shape) != 3 or min(self.shape) < 1:
             raise ArgumentError(f"a grid of shape {tuple(self.shape)}", "give three axes, all at least 1")
-        object.__setattr__(self, "affine", _checked_matrix(self.affine))
+        object.__setattr__(self, "affine", checked_affine(self.affine, ArgumentError))
 
     @classmethod
     def of(cls, volume: Volume) -> Grid:
@@ -109,17 +117,6 @@ class Grid:
         for corner in np.ndindex(*(-(-n // BLOCK) for n in self.shape)):
             i, j, k = (slice(c * BLOCK, (c + 1) * BLOCK) for c in corner)
             yield i, j, k
-
-
-def _checked_matrix(matrix: np.ndarray) -> np.ndarray:
-    """A float64 copy of a usable affine, (4, 4)."""
-    matrix = np.array(matrix, dtype=np.float64)
-    if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or not np.allclose(matrix[3], (0, 0, 0, 1), rtol=0):
-        raise ArgumentError(f"the affine is {matrix.tolist()}", "give 4 x 4 finite numbers whose last row is 0 0 0 1")
-    lengths = np.linalg.norm(matrix[:3, :3], axis=0)
-    if not lengths.all() or abs(np.linalg.det(matrix[:3, :3] / lengths)) < SINGULAR:
-        raise ArgumentError(f"the affine is singular: {matrix.tolist()}", "give one that can be inverted")
-    return matrix
 
 
 def _moved(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -173,7 +170,7 @@ class Affine(Transform):
     matrix: np.ndarray
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "matrix", _checked_matrix(self.matrix))
+        object.__setattr__(self, "matrix", checked_affine(self.matrix, ArgumentError))
 
     def map(self, points_mm: np.ndarray) -> Mapped:
         return _certain(_moved(self.matrix, points_mm))
@@ -520,7 +517,7 @@ def write_transform(transform: Transform, path: str | os.PathLike[str], *, overw
         elif path.suffix == ".mat" and isinstance(transform, Affine):
             write_whole(path, _mat(transform))
         elif path.name.endswith((".nii", ".nii.gz")) and isinstance(transform, Displacement):
-            write_whole(path, *_field_parts(transform, packed=path.suffix == ".gz"))
+            _write_field(transform, path)
         elif path.name.endswith(SUFFIXES):
             raise ArgumentError(f"{path.name!r} cannot hold a {type(transform).__name__}", NO_PLACE)
         else:
@@ -639,8 +636,8 @@ def _read_field(path: Path) -> Displacement:
     return Displacement(np.ascontiguousarray(volume.data, np.float32) * signs.astype(np.float32), Grid.of(volume))
 
 
-def _field_parts(displacement: Displacement, *, packed: bool) -> Iterator[bytes]:
-    """A NIfTI file piece by piece; qform and sform say the same."""
+def _write_field(displacement: Displacement, path: Path) -> None:
+    """A NIfTI file, plane by plane; qform and sform say the same."""
     header = nib.Nifti1Header(endianness="<")
     header.set_data_dtype(np.float32)
     header.set_data_shape((*displacement.grid.shape, 1, 3))
@@ -654,13 +651,11 @@ def _field_parts(displacement: Displacement, *, packed: bool) -> Iterator[bytes]
     sheared = np.abs((header.get_qform() - displacement.grid.affine) @ [*displacement.grid.shape, 1]).max()
     if sheared > 0.01 * min(displacement.grid.spacing_mm):
         raise ArgumentError("the grid is sheared, which ITK's images cannot be", "use to_displacement on another grid")
-    pack = zlib.compressobj(1, wbits=31) if packed else None  # wbits 31: gzip
-    content = header.binaryblock + bytes(4)
-    yield pack.compress(content) if pack else content
-    for component, plane in itertools.product(range(3), range(displacement.grid.shape[2])):
-        content = (displacement.field_mm[:, :, plane, component] * LPS[component, component]).astype("<f4").tobytes("F")
-        yield pack.compress(content) if pack else content
-    yield pack.flush() if pack else b""
+    with nifti_stream(path) as stream:
+        stream.write(header.binaryblock + bytes(4))
+        for component, plane in itertools.product(range(3), range(displacement.grid.shape[2])):
+            values = displacement.field_mm[:, :, plane, component] * LPS[component, component]
+            stream.write(values.astype("<f4").tobytes("F"))
 
 
 def _sitk() -> Any:
@@ -752,12 +747,14 @@ def read_points(path: str | os.PathLike[str], *, lps: bool = False, film: bool =
     with _typed("read", path):
         try:
             with path.open(newline="", encoding="utf-8-sig") as file:
-                columns, *rows = [row for row in csv.reader(file) if row] or [[]]
+                first, *rows = [row for row in csv.reader(file) if row] or [[]]
         except (UnicodeDecodeError, csv.Error) as error:
             raise VolumeError(f"not a CSV file: {error}", "give a CSV with columns x, y, z") from None
+        columns = [name.strip() for name in first]
         axes = "xy" if film and "z" not in columns else "xyz"
         if missing := [axis for axis in axes if axis not in columns]:
-            raise VolumeError(f"no column {listed(missing)}", f"name the columns {', '.join(axes)} in the first line")
+            cause = f"no column {listed(missing)} among {listed([repr(name) for name in columns]) or 'none'}"
+            raise VolumeError(cause, f"name the columns {', '.join(axes)} in the first line, commas between them")
         places = [columns.index(axis) for axis in axes]
         points = np.zeros((len(rows), 3))
         for number, row in enumerate(rows):
@@ -777,11 +774,13 @@ def write_points(
     path = Path(path)
     check_output(path, None, overwrite)
     text = io.StringIO()
-    writer = csv.DictWriter(text, table.columns, lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(table.columns)
+    places = [(table.columns.index(axis), n) for n, axis in enumerate("xyz") if axis in table.columns]
     for row, point in zip(table.rows, table.points_mm * np.diag(LPS)[:3] if lps else table.points_mm, strict=True):
-        cells = dict(zip(table.columns, row, strict=True))
-        moved = {axis: f"{value:.4f}" for axis, value in zip("xyz", point, strict=True) if axis in cells}
-        writer.writerow(cells | moved)
+        cells = list(row)
+        for place, n in places:
+            cells[place] = f"{point[n]:.4f}"
+        writer.writerow(cells)
     with _typed("write", path):
         write_whole(path, text.getvalue().encode())

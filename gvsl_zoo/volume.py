@@ -16,10 +16,10 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -27,7 +27,8 @@ import torch
 from nibabel.spatialimages import HeaderDataError
 from torch.nn import functional as F
 
-from .errors import ArgumentError, VolumeError, listed
+from .errors import ArgumentError, GvslZooError, VolumeError, listed
+from .weights import whole_file
 
 CT_WINDOW_HU = (-1024.0, 1024.0)  # official fine-tune loader: (HU + 1024) / 2048, clipped to [0, 1]
 MAX_BYTES = 4 * 2**30  # largest array that one volume may take in memory; `max_bytes` raises it
@@ -38,21 +39,29 @@ MAX_DEFLATE_RATIO = 1032  # zlib's theoretical limit
 SPACING_LIMITS_MM = (1e-4, 1e3)  # from microscopy to nonsense
 MAX_SCALING = 1e10  # |slope|, |intercept|; quantitative maps stay below 1e7
 MAX_VALUE = 1e30  # beyond it the difference of two voxels overflows float32
+SINGULAR = 1e-6  # determinant of an affine with unit columns; voxel spacings may differ freely
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-SLICE_TOLERANCE = 0.01  # of the slices' distance: what a slice may lie off its place; more and the grid is not even
+GRID_TOLERANCE = 0.1  # of a voxel: what rounding in headers may do to a grid
+SLICED = ("CT", "MR", "PT", "NM")  # modalities whose DICOM files are slices of volumes
+SLICE_TOLERANCE = 0.2  # of the slices' distance: what rounded positions may lie off their places; a gap is 0.5 or more
+SAME_GEOMETRY = 1e-3  # of direction cosines and of pixels: what rounding may make of one number
 NOT_NIFTI = "give a NIfTI-1 or NIfTI-2 file (.nii, .nii.gz), or a DICOM series: its folder, or one file of it"
 TO_NIFTI = "convert the series to NIfTI with dcm2niix"
-WRITE_AFFINE = "write a valid sform or qform into the header"
+GIVE_AFFINE = "give 4 x 4 finite numbers that can be inverted, the last row 0 0 0 1; a file, as its sform or qform"
 READ_AGAIN = "the file is damaged: copy or export it again from its source"
 _MM_PER_UNIT = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}  # xyzt_units: unknown, metre, millimetre, micron
 _ORDERS: tuple[Literal["little", "big"], ...] = ("little", "big")
+OF_THE_SCAN = (  # fields of its header that are not true of what is made from it
+    *("cal_min", "cal_max", "intent_code", "intent_name", "intent_p1", "intent_p2", "intent_p3", "aux_file"),
+    *("dim_info", "slice_code", "slice_start", "slice_end", "slice_duration", "toffset"),
+)
 _DTYPE_CODES = (2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280)  # the real scalar types that numpy has everywhere
-_GzipReader: Any = gzip.GzipFile
+_Gzip: Any = gzip.GzipFile
 _GZIP_ERRORS: tuple[Any, ...] = (EOFError, gzip.BadGzipFile, zlib.error)
-with suppress(ImportError):  # Intel's ISA-L unpacks three times as fast, with the same checks
+with suppress(ImportError):  # Intel's ISA-L unpacks three times as fast, with the same checks, and packs five times
     from isal import igzip, isal_zlib
 
-    _GzipReader, _GZIP_ERRORS = igzip.IGzipFile, (*_GZIP_ERRORS, isal_zlib.error)
+    _Gzip, _GZIP_ERRORS = igzip.IGzipFile, (*_GZIP_ERRORS, isal_zlib.error)
 
 
 class InputWarning(UserWarning):
@@ -84,7 +93,7 @@ class Volume:
     def __post_init__(self) -> None:
         if self.data.ndim not in (3, 4) or 0 in self.data.shape:
             raise VolumeError(f"data has shape {self.data.shape}", "give (i, j, k) or (i, j, k, C), all at least 1")
-        object.__setattr__(self, "affine", _checked_affine(self.affine))
+        object.__setattr__(self, "affine", checked_affine(self.affine))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -123,7 +132,7 @@ def read_volume(path: str | os.PathLike[str], *, channels: bool = False, max_byt
         with path.open("rb") as file:
             packed = file.read(2) == b"\x1f\x8b"  # the content decides, not the name
             file.seek(0)
-            stream: Any = _GzipReader(fileobj=file) if packed else file
+            stream: Any = _Gzip(fileobj=file) if packed else file
             header, comment = _read_header(stream)
             shape = _checked_shape(header, channels)
             affine, notes = _checked_geometry(header)
@@ -201,16 +210,16 @@ def _checked_geometry(header: Any) -> tuple[np.ndarray, list[str]]:
     if not sform and not qform:
         notes.append("sform and qform codes are both 0: orientation unknown, assumed x to the left, y front, z head")
     try:
-        affine = _checked_affine(header.get_best_affine())
+        affine = checked_affine(header.get_best_affine())
     except (HeaderDataError, ValueError) as error:
-        raise VolumeError(f"the qform is invalid: {error}", WRITE_AFFINE) from error
+        raise VolumeError(f"the qform is invalid: {error}", GIVE_AFFINE) from error
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    shape = tuple(int(n) for n in header["dim"][1:4])
     if not np.allclose(spacing, zooms, rtol=0.01):
         notes.append(f"pixdim says {_numbers(zooms)}, the affine {_numbers(spacing)} spacing: the affine is used")
     if sform and qform:
-        corners = np.array([(*c, 1) for c in itertools.product(*((0, int(n) - 1) for n in header["dim"][1:4]))]).T
         try:
-            apart = float(np.abs((affine - header.get_qform()) @ corners).max())
+            apart = _apart_mm(affine, header.get_qform(), shape)
         except (HeaderDataError, ValueError):  # a quaternion longer than 1
             apart = math.nan
         if not apart <= 0.1 * spacing.min():  # a NaN also counts
@@ -219,19 +228,46 @@ def _checked_geometry(header: Any) -> tuple[np.ndarray, list[str]]:
     if unit != 1:
         notes.append(f"lengths were in units of {unit:g} mm and are now in millimetres")
         affine[:3] *= unit
-    return _checked_affine(affine, SPACING_LIMITS_MM), notes
+    return _in_reach(affine), notes
 
 
-def _checked_affine(affine: np.ndarray, limits: tuple[float, float] = (0, math.inf)) -> np.ndarray:
-    """A float64 copy of a usable affine, (4, 4), with spacing within `limits`."""
+def checked_affine(affine: np.ndarray, refusal: type[GvslZooError] = VolumeError) -> np.ndarray:
+    """A float64 copy of a usable affine, (4, 4); `refusal` for one that is not finite, affine and invertible."""
     affine = np.array(affine, dtype=np.float64)
-    if affine.shape != (4, 4) or not np.isfinite(affine).all():
-        raise VolumeError(f"the affine is not 4 x 4 finite numbers: {affine.tolist()}", WRITE_AFFINE)
+    if affine.shape != (4, 4) or not np.isfinite(affine).all() or not np.allclose(affine[3], (0, 0, 0, 1), rtol=0):
+        cause = f"the affine is not 4 x 4 finite numbers with the last row 0 0 0 1: {affine.tolist()}"
+        raise refusal(cause, GIVE_AFFINE)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if not spacing.all() or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-4:
-        raise VolumeError(f"the affine is singular: {affine.tolist()}", WRITE_AFFINE)
-    if not limits[0] <= spacing.min() <= spacing.max() <= limits[1]:
-        raise VolumeError(f"the affine's voxel spacing is {_numbers(spacing)}", WRITE_AFFINE)
+    if not spacing.all() or abs(np.linalg.det(affine[:3, :3] / spacing)) < SINGULAR:
+        raise refusal(f"the affine is singular: {affine.tolist()}", GIVE_AFFINE)
+    return affine
+
+
+def check_grid(volume: Volume, role: str, other: Volume, other_role: str) -> None:
+    """VolumeError, which names both by role and file, unless two volumes lie voxel on voxel, up to a tenth of one."""
+    a, b = (f"{role} {one.path.name!r}" if one.path else role for one, role in ((volume, role), (other, other_role)))
+    remedy = f"resample {role} onto the grid of {other_role} (same shape and affine)"
+    if volume.data.shape != other.data.shape:
+        raise VolumeError(f"{a} has {volume.data.shape} voxels, {b} {other.data.shape}", remedy)
+    axes, other_axes = ("".join(nib.orientations.aff2axcodes(one.affine)) for one in (volume, other))
+    if axes != other_axes:
+        raise VolumeError(f"{a} has the axes {axes}, {b} {other_axes}", remedy)
+    apart = _apart_mm(volume.affine, other.affine, volume.shape)
+    if apart > GRID_TOLERANCE * min(other.spacing_mm):
+        raise VolumeError(f"{a} lies up to {apart:.3g} mm beside {b}", remedy)
+
+
+def _apart_mm(affine: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
+    """How far apart along an axis of the world two affines put the corners of a grid."""
+    corners = np.array([(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in shape))]).T
+    return float(np.abs((affine - other) @ corners).max())
+
+
+def _in_reach(affine: np.ndarray) -> np.ndarray:
+    """A file's affine, checked, whose spacing is that of an image."""
+    spacing = np.linalg.norm(checked_affine(affine)[:3, :3], axis=0)
+    if not SPACING_LIMITS_MM[0] <= spacing.min() <= spacing.max() <= SPACING_LIMITS_MM[1]:
+        raise VolumeError(f"the affine's voxel spacing is {_numbers(spacing)}", "write the true affine into the header")
     return affine
 
 
@@ -342,12 +378,16 @@ def own_locale() -> Iterator[None]:
 def read_dicom(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Volume:
     """Read a DICOM series, slope and intercept of each slice applied, its slices in the order of their positions.
 
+    Files beside it that are no slices (segmentations, doses, reports) are left out. A single slice is as thick as it
+    says; one that does not say counts as 1 mm, with a note.
+
     Args:
         path: a folder that holds one series, or a file of the series wanted.
         max_bytes: the most memory that the voxels may take.
 
-    Errors: VolumeError for several series or none, for damaged, missing, unevenly spaced or sheared (gantry tilt)
-        slices, for colours and several frames a file, and without SimpleITK.
+    Errors: VolumeError for several series or none; for damaged or missing slices, two at one place, and unevenly spaced
+        or sheared ones (gantry tilt); for slices that do not say where they lie, or of different sizes, spacings or
+        directions; for colours, several frames a file and MONOCHROME1; and without SimpleITK.
     """
     with _typed("read", Path(path)):
         return _dicom_volume(Path(path), max_bytes)
@@ -362,60 +402,170 @@ def _dicom_volume(path: Path, max_bytes: int) -> Volume:
     except ImportError:
         raise VolumeError("a DICOM series needs SimpleITK", "pip install 'gvsl-zoo[io]'") from None
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        image, places = _read_series(sitk, path, max_bytes)
-    except RuntimeError as error:  # ITK's own: several lines, the cause in the last
-        raise VolumeError(str(error).strip().splitlines()[-1], READ_AGAIN) from None
-    matrix = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
-    steps, tolerance = np.diff(places, axis=0), SLICE_TOLERANCE * image.GetSpacing()[2]
-    if len(places) < image.GetDepth() or not np.allclose(steps, matrix[:, 2], rtol=0, atol=tolerance):
-        raise VolumeError("the slices are unevenly spaced, sheared (gantry tilt), or have no position", TO_NIFTI)
-    affine = np.eye(4)
-    affine[:3, :3], affine[:3, 3] = matrix, image.GetOrigin()
-    affine[:2] *= -1  # LPS -> RAS
-    data, filled = _fill_nonfinite(sitk.GetArrayFromImage(image).T)
-    return Volume(data, _checked_affine(affine, SPACING_LIMITS_MM), path=path, notes=tuple(filled))
-
-
-def _read_series(sitk: Any, path: Path, max_bytes: int) -> tuple[Any, list[list[float]]]:
-    """The series as ITK has it, and the positions of its slices, (x, y, z) in LPS mm; fewer where a slice has none."""
-    folder, one = (path, None) if path.is_dir() else (path.parent, sitk.ImageFileReader())
-    files = {
-        series: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series)  # in the order of their positions
-        for series in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    }
-    found, claimed = sum(map(len, files.values())), len(dicom_files(folder))
-    if one is not None:
-        one.SetFileName(str(path))
-        one.ReadImageInformation()
-        series = one.GetMetaData("0020|000e") if one.HasMetaDataKey("0020|000e") else ""  # SeriesInstanceUID
-        files = {series: files[series]} if series in files else {}
-    if not files:
-        raise VolumeError("it holds no DICOM series", NOT_NIFTI)
-    if len(files) > 1:
-        remedy = "give each series a folder of its own, or give one file of the series wanted"
-        raise VolumeError(f"{len(files)} DICOM series in one folder", remedy)
-    if found != claimed:
-        raise VolumeError(f"{claimed - found} of {claimed} DICOM files are damaged", "copy them again")
-    [names] = files.values()
-    reader, header = sitk.ImageSeriesReader(), sitk.ImageFileReader()
-    kinds, places = set(), []
-    for name in names:
-        header.SetFileName(name)
-        header.ReadImageInformation()
-        if header.GetNumberOfComponents() != 1 or math.prod(header.GetSize()[2:]) != 1:
-            raise VolumeError("the DICOM series is not one grey volume", TO_NIFTI)
-        kinds.add(header.GetPixelID())  # follows from slope and intercept
-        if header.HasMetaDataKey("0020|0032"):  # ImagePositionPatient
-            places.append([float(x) for x in header.GetMetaData("0020|0032").split("\\")])
+    slices, affine, notes = _in_place(_series(sitk, path))
+    kinds = {one.kind for one in slices}
     kind = kinds.pop() if len(kinds) == 1 else sitk.sitkFloat64  # ITK would cut every slice to the type of the first
     voxel = sitk.GetArrayViewFromImage(sitk.Image([1, 1], kind)).nbytes
-    if (size := math.prod(header.GetSize()) * len(names) * voxel) > max_bytes:
-        cause = f"{len(names)} slices take {size} bytes, more than {max_bytes / 2**30:.3g} GiB"
+    if (size := math.prod(slices[0].size) * len(slices) * voxel) > max_bytes:
+        cause = f"{len(slices)} slices take {size} bytes, more than {max_bytes / 2**30:.3g} GiB"
         raise VolumeError(cause, "choose fewer slices, or raise max_bytes")
-    reader.SetFileNames(names)
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames([str(one.path) for one in slices])
     reader.SetOutputPixelType(kind)
-    return reader.Execute(), places
+    try:
+        data, filled = _fill_nonfinite(sitk.GetArrayFromImage(reader.Execute()).T)
+    except RuntimeError as error:  # ITK's own: several lines, the cause in the last
+        raise VolumeError(str(error).strip().splitlines()[-1], READ_AGAIN) from None
+    notes += filled
+    _warn(f"{path.name}: {note}" for note in notes)
+    return Volume(data, affine, path=path, notes=tuple(notes))
+
+
+TAGS = {
+    "SOPClassUID": "0008|0016",
+    "Modality": "0008|0060",
+    "SliceThickness": "0018|0050",
+    "SpacingBetweenSlices": "0018|0088",
+    "SeriesInstanceUID": "0020|000e",
+    "ImagePositionPatient": "0020|0032",
+    "ImageOrientationPatient": "0020|0037",
+    "PhotometricInterpretation": "0028|0004",
+    "PixelSpacing": "0028|0030",
+}
+
+
+class _Slice(NamedTuple):
+    """A DICOM file and what its header says; `kind` is ITK's voxel type, which follows from slope and intercept."""
+
+    path: Path
+    size: tuple[int, ...]
+    kind: int
+    components: int
+    tags: dict[str, str]
+
+    def says(self, keyword: str) -> str:
+        """The text of a tag; "" where there is none."""
+        return self.tags.get(TAGS[keyword], "").strip()
+
+    def numbers(self, keyword: str, count: int) -> np.ndarray:
+        """The numbers of a tag; VolumeError where there are not so many."""
+        with suppress(ValueError):
+            values = np.array([float(text) for text in self.says(keyword).split("\\")])
+            if len(values) == count and np.isfinite(values).all():
+                return values
+        raise VolumeError(f"{self.path.name} has no {keyword}, or one that is not {count} numbers", TO_NIFTI)
+
+
+def _series(sitk: Any, path: Path) -> list[_Slice]:
+    """The slices of the series that a folder holds or a file belongs to, by name."""
+    files = dicom_files(path) if path.is_dir() else sorted({path, *dicom_files(path.parent)})
+    header = sitk.ImageFileReader()
+    header.SetImageIO("GDCMImageIO")
+    found: dict[str, list[_Slice]] = {}
+    bad = []
+    for file in files:
+        header.SetFileName(str(file))
+        try:
+            header.ReadImageInformation()
+        except RuntimeError:
+            bad.append(file)
+            continue
+        tags = {tag: header.GetMetaData(tag) for tag in TAGS.values() if header.HasMetaDataKey(tag)}
+        one = _Slice(file, header.GetSize(), header.GetPixelID(), header.GetNumberOfComponents(), tags)
+        found.setdefault(one.says("SeriesInstanceUID"), []).append(one)
+    series = list(found.values())
+    if path.is_dir():
+        series = [slices for slices in series if slices[0].says("Modality") in SLICED] or series
+    else:
+        series = [slices for slices in series if any(one.path == path for one in slices)]
+    if len(series) > 1:
+        remedy = "give each series a folder of its own, or give one file of the series wanted"
+        raise VolumeError(f"{len(series)} DICOM series in one folder", remedy)
+    if not series:
+        listing = f": {listed([file.name for file in bad])} cannot be read as an image" if bad else ""
+        raise VolumeError(f"it holds no DICOM series{listing}", READ_AGAIN if bad else NOT_NIFTI)
+    [slices] = series
+    if damaged := [file.name for file in bad if _sop_class(file) in ("", slices[0].says("SOPClassUID"))]:
+        cause = f"{len(damaged)} of {len(files)} DICOM files are damaged: {listed(damaged)}"
+        raise VolumeError(cause, "copy them again")
+    return slices
+
+
+def _sop_class(path: Path) -> str:
+    """What a DICOM file says it is (MediaStorageSOPClassUID), even where ITK cannot read it; "" where it does not."""
+    with path.open("rb") as file:
+        _, found, rest = file.read(1024).partition(b"\x02\x00\x02\x00UI")
+    return rest[2 : 2 + int.from_bytes(rest[:2], "little")].strip(b"\0 ").decode("ascii", "replace") if found else ""
+
+
+def _in_place(slices: list[_Slice]) -> tuple[list[_Slice], np.ndarray, list[str]]:
+    """The slices of a series in the order of their places, voxel -> world in RAS+, and notes."""
+    for one in slices:
+        if one.components != 1 or math.prod(one.size[2:]) != 1:
+            raise VolumeError(f"{one.path.name} is not one grey slice", TO_NIFTI)
+        if one.says("PhotometricInterpretation") == "MONOCHROME1":
+            raise VolumeError(f"{one.path.name} is MONOCHROME1, whose values SimpleITK turns upside down", TO_NIFTI)
+    _common(slices, "size", [np.array(one.size[:2]) for one in slices])
+    directions, spacing = (
+        _common(slices, keyword, [one.numbers(keyword, count) for one in slices])
+        for keyword, count in (("ImageOrientationPatient", 6), ("PixelSpacing", 2))
+    )
+    (row, column), (down, right) = directions.reshape(2, 3), spacing
+    normal = np.cross(row, column)
+    length = np.linalg.norm(normal)
+    if abs(length - 1) > 0.01 or spacing.min() <= 0:
+        what = f"ImageOrientationPatient {directions.tolist()} and PixelSpacing {spacing.tolist()}"
+        raise VolumeError(f"{slices[0].path.name} has {what}", "give unit vectors at right angles, and millimetres")
+    normal /= length
+    places = np.array([one.numbers("ImagePositionPatient", 3) for one in slices])
+    order = np.argsort(places @ normal, kind="stable")
+    slices, places = [slices[k] for k in order], places[order]
+    step, notes = _thickness(slices[0]) if len(slices) == 1 else (_step(slices, places, normal), [])
+    affine = np.eye(4)
+    affine[:3] = np.stack([row * right, column * down, normal * step, places[0]], 1)
+    affine[:2] *= -1  # LPS -> RAS
+    return slices, _in_reach(affine), notes
+
+
+def _common(slices: Sequence[_Slice], what: str, values: Sequence[np.ndarray]) -> np.ndarray:
+    """What all slices have; VolumeError where one differs."""
+    for one, value in zip(slices, values, strict=True):
+        if not np.allclose(value, values[0], rtol=0, atol=SAME_GEOMETRY):
+            cause = f"{slices[0].path.name} has the {what} {values[0].tolist()}, {one.path.name} {value.tolist()}"
+            raise VolumeError(cause, "give the slices that belong together a folder of their own")
+    return values[0]
+
+
+def _thickness(one: _Slice) -> tuple[float, list[str]]:
+    """Millimetres that a single slice stands for."""
+    for keyword in ("SpacingBetweenSlices", "SliceThickness"):
+        with suppress(VolumeError):
+            [mm] = one.numbers(keyword, 1)
+            if mm > 0:
+                return float(mm), []
+    return 1.0, ["one slice that does not say how thick it is: 1 mm is assumed"]
+
+
+def _step(slices: Sequence[_Slice], places: np.ndarray, normal: np.ndarray) -> float:
+    """Millimetres between slices, which lie evenly along the normal; places (N, 3) in that order, LPS mm."""
+    numbers = np.arange(len(places))[:, None]
+    step = float((places[-1] - places[0]) @ normal / (len(places) - 1))
+    if np.linalg.norm(places - places[0] - numbers * step * normal, axis=1).max() < SLICE_TOLERANCE * step:
+        return step
+    along = np.diff(places, axis=0) @ normal
+    usual = float(np.median(along))
+    close = along.min() <= SLICE_TOLERANCE * usual
+    k = int(along.argmin() if close else np.abs(along - usual).argmax())
+    pair = f"{slices[k].path.name} and {slices[k + 1].path.name}"
+    if close:
+        cause = f"{pair} lie at one place, {along[k]:.3g} mm apart"
+        raise VolumeError(cause, f"keep one of two copies or time points, or {TO_NIFTI}")
+    aside = float(np.linalg.norm(places[-1] - places[0] - along.sum() * normal))
+    if aside > SLICE_TOLERANCE * step:
+        degrees = math.degrees(math.atan2(aside, along.sum()))
+        raise VolumeError(f"the slices are sheared by {degrees:.3g} degrees (gantry tilt)", TO_NIFTI)
+    cause = f"the slices are unevenly spaced: {pair} lie {along[k]:.4g} mm apart, others {usual:.4g} mm"
+    raise VolumeError(cause, f"add what is missing, or {TO_NIFTI}")
 
 
 # ---- the way out
@@ -433,23 +583,21 @@ def write_volume(volume: Volume, path: str | os.PathLike[str], *, overwrite: boo
         if not path.name.endswith((".nii", ".nii.gz")):
             raise VolumeError("the name does not end in .nii or .nii.gz", "choose such a name")
         data, header, extensions = _encoded(volume)
-        part = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.part")  # fixed: a killed run's is reused
-        part.unlink(missing_ok=True)
-        try:
-            with part.open("xb") as file:
-                gz = path.name.endswith(".gz")
-                with gzip.GzipFile("", "wb", 1, file, mtime=0) if gz else nullcontext(file) as stream:
-                    stream.write(header.binaryblock + extensions)
-                    for index in np.ndindex(*data.T.shape[:-2]):  # a mapped volume is never whole in memory
-                        stream.write(data.T[index].astype(header.get_data_dtype(), copy=False).tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-                if not os.path.samestat(os.fstat(file.fileno()), part.stat()):
-                    raise VolumeError("another process writes the same output", "give each its own")
-            part.replace(path)
-        except BaseException:  # an interrupt too leaves nothing
-            part.unlink(missing_ok=True)
-            raise
+        with nifti_stream(path) as stream:
+            stream.write(header.binaryblock + extensions)
+            for index in np.ndindex(*data.T.shape[:-2]):  # a mapped volume is never whole in memory
+                stream.write(data.T[index].astype(header.get_data_dtype(), copy=False).tobytes())
+
+
+@contextmanager
+def nifti_stream(path: Path) -> Iterator[Any]:
+    """A .nii or .nii.gz file to write to, whole or not at all; what is written is packed where the name says so."""
+    with whole_file(path) as file:
+        if path.suffix != ".gz":
+            yield file
+            return
+        with _Gzip("", "wb", 1, file, mtime=0) as stream:
+            yield stream
 
 
 def check_output(path: Path, source: Path | None, overwrite: bool) -> None:
@@ -590,7 +738,7 @@ class Prepared:
         array = self._on_grid(array)
         if not nearest and array.dtype.kind != "f":
             raise ArgumentError(f"labels ({array.dtype}) cannot be interpolated", "pass nearest=True, or a float array")
-        order, flips = _canonical(self.source.affine)
+        order, flips = self._way_back()
         size = tuple(self.source.shape[axis] for axis in order)
         channels = array if array.ndim == 4 else array[None]
         out = np.empty((*self.source.shape, len(channels)), array.dtype if nearest else np.float32, order="F")
@@ -614,7 +762,7 @@ class Prepared:
         if min(values) < 0 or max(values) > np.iinfo(np.uint16).max or len(set(values)) < len(values):
             raise ArgumentError(f"label values {listed([str(v) for v in values])}", "give different ones, 0 to 65535")
         own_values = np.array(values, np.uint8 if max(values) < 256 else np.uint16)
-        order, flips = _canonical(self.source.affine)
+        order, flips = self._way_back()
         size = tuple(self.source.shape[axis] for axis in order)
         out = np.empty(self.source.shape, own_values.dtype, order="F")
         target = out.transpose(order)[flips]  # (z, y, x) view of the file's own axes
@@ -656,11 +804,19 @@ class Prepared:
             raise ArgumentError(f"an array of shape {array.shape}", f"expected ({D}, {H}, {W}) or (C, {D}, {H}, {W})")
         return array
 
+    def _way_back(self) -> tuple[tuple[int, int, int], tuple[slice, slice, slice]]:
+        """The source's axes that z, y, x of the image run along, and the slices that turn them."""
+        to_source = np.linalg.inv(self.source.affine)[:3, :3] @ self.affine[:3, :3]
+        z, y, x = (int(axis) for axis in np.abs(to_source).argmax(0))
+        i, j, k = (slice(None, None, int(np.sign(to_source[own, n]))) for n, own in enumerate((z, y, x)))
+        return (z, y, x), (i, j, k)
+
     def _volume(self, data: np.ndarray, affine: np.ndarray) -> Volume:
         header = self.source.header
         if header is not None:
             header = header.copy()
-            header["cal_min"] = header["cal_max"] = 0  # the scan's display window is not the output's
+            for field in OF_THE_SCAN:
+                header[field] = np.zeros_like(header[field])
         return replace(self.source, data=data, affine=affine, header=header, comment="")
 
 

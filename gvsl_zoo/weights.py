@@ -10,10 +10,9 @@ import mmap
 import os
 import secrets
 import time
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +24,7 @@ from .errors import WeightsError, listed
 
 MAX_HEADER_BYTES = 4 * 2**20  # 400 tensors and a model's entry take 60 kB
 FRESH_SECONDS = 60.0
+MAX_PARTIAL_NAME = 56  # letters of a file's name in its temporary one: of 4 bytes each they leave room below 255
 MAX_AXES = 8  # of a tensor; a convolution in 3D has 5
 DTYPES = {
     "F64": torch.float64,
@@ -41,6 +41,10 @@ DTYPES = {
 METADATA_KEY = "gvsl_zoo"  # under which a file carries its own entry
 WEIGHTS_NAME = "model.safetensors"
 DOWNLOAD_AGAIN = "the file is damaged or is no safetensors file: get it again from its source"
+CONVERT = "convert it first: gvsl-zoo convert FILE.pth FILE.safetensors"
+SAVE_AGAIN = (
+    "where you trust the file, open it with its own program and save model.state_dict() with a current torch.save"
+)
 
 
 @dataclass(frozen=True)
@@ -55,23 +59,27 @@ class TensorSlot:
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A safetensors file whose header has been read and found consistent; its data lies untouched on the disk."""
+    """A safetensors file whose header has been read and found consistent; its data lies untouched on the disk.
+
+    All of it is of the one file that was opened, whatever bears its name by now.
+    """
 
     path: Path
-    size: int
+    stat: os.stat_result
     header: bytes  # JSON, as it stands in the file
     slots: Mapping[str, TensorSlot]
     metadata: Mapping[str, str]
+    mapped: mmap.mmap = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return self.stat.st_size
 
     @property
     def data(self) -> memoryview:
         """Everything behind the header, mapped."""
-        return memoryview(self._bytes)[8 + len(self.header) :]
-
-    @cached_property
-    def _bytes(self) -> mmap.mmap:
-        with self.path.open("rb") as file:
-            return mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_COPY)
+        return memoryview(self.mapped)[8 + len(self.header) :]
 
     def tensor(self, name: str) -> Tensor:
         """A view of the file, mapped copy-on-write: training on it never changes the file."""
@@ -80,8 +88,8 @@ class WeightsFile:
         if not count:
             return torch.empty(slot.shape, dtype=slot.dtype)
         if slot.start % slot.dtype.itemsize:
-            return torch.frombuffer(bytearray(self._bytes[slot.start : slot.end]), dtype=slot.dtype).view(slot.shape)
-        return torch.frombuffer(self._bytes, dtype=slot.dtype, count=count, offset=slot.start).view(slot.shape)
+            return torch.frombuffer(bytearray(self.mapped[slot.start : slot.end]), dtype=slot.dtype).view(slot.shape)
+        return torch.frombuffer(self.mapped, dtype=slot.dtype, count=count, offset=slot.start).view(slot.shape)
 
 
 def open_weights(path: Path) -> WeightsFile:
@@ -92,46 +100,55 @@ def open_weights(path: Path) -> WeightsFile:
     """
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(8)
+            stat = os.fstat(file.fileno())
+            size, start = stat.st_size, file.read(8)
             length = int.from_bytes(start, "little")
             if size < 10 or length > size - 8:
-                raise WeightsError(f"{path} is not a weights file: {looks_like(start, size)}", DOWNLOAD_AGAIN)
+                what, remedy = looks_like(start, size)
+                raise WeightsError(f"{path} is not a weights file: {what}", remedy)
             if length > MAX_HEADER_BYTES:
                 raise WeightsError(f"{path} has a header of {length} bytes, at most {MAX_HEADER_BYTES} are read")
             header = file.read(length)
+            slots, metadata = read_header(path, header, size)
+            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:  # the latter: a NUL in the path
         cause = f"{path} cannot be read: {getattr(error, 'strerror', error)}"
         raise WeightsError(cause, "check the path and its permissions") from None
+    return WeightsFile(path, stat, header, slots, metadata, mapped)
+
+
+def read_header(path: Path, header: bytes, size: int) -> tuple[dict[str, TensorSlot], dict[str, str]]:
+    """Slots and metadata that the header of a file of `size` bytes tells of, all checked; `path` is for errors."""
+    end = 8 + len(header)
     try:
         table = json.loads(header.decode(), object_pairs_hook=_without_duplicates)
         metadata = table.pop("__metadata__", {})
-        slots = {name: _slot(name, claim, 8 + length) for name, claim in table.items()}
+        slots = {name: _slot(name, claim, end) for name, claim in table.items()}
     except WeightsError as error:
         raise WeightsError(f"{path}: {error.cause}", DOWNLOAD_AGAIN) from None
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         raise WeightsError(f"{path} has a header that is not safetensors' JSON", DOWNLOAD_AGAIN) from None
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise WeightsError(f"{path} has metadata that is not text", DOWNLOAD_AGAIN)
-    end = 8 + length
     for name, slot in sorted(slots.items(), key=lambda item: (item[1].start, item[1].end)):
         if slot.start != end:
             raise WeightsError(f"{path}: tensor {name!r} starts at byte {slot.start}, expected {end}", DOWNLOAD_AGAIN)
         end = slot.end
     if end != size:
         raise WeightsError(f"{path} has {size} bytes, its header tells of {end}", DOWNLOAD_AGAIN)
-    return WeightsFile(path, size, header, slots, metadata)
+    return slots, metadata
 
 
-def looks_like(start: bytes, size: int) -> str:
-    """What a file that is no safetensors file seems to be, by its first bytes."""
+def looks_like(start: bytes, size: int) -> tuple[str, str]:
+    """What a file that is no safetensors file seems to be, by its first bytes, and what to do about it."""
     known = {
-        b"<": "it looks like a web page",
-        b"version ": "it is a Git LFS pointer, not the file itself",
-        b"PK": "it looks like a PyTorch .pth or zip file",
-        b"\x80": "it looks like a pickle, which is never opened",
+        b"<": ("it looks like a web page", DOWNLOAD_AGAIN),
+        b"version ": ("it is a Git LFS pointer, not the file itself", "fetch the file itself (git lfs pull)"),
+        b"PK": ("it looks like a PyTorch .pth or zip file", CONVERT),
+        b"\x80": ("it looks like a pickle, which is never opened", SAVE_AGAIN),
     }
-    return next((text for prefix, text in known.items() if start.startswith(prefix)), f"{size} bytes without a header")
+    unknown = f"{size} bytes without a header", DOWNLOAD_AGAIN
+    return next((found for prefix, found in known.items() if start.startswith(prefix)), unknown)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -174,13 +191,12 @@ def check_content(file: WeightsFile, sha256: str | None = None) -> str:
 
     Raises: WeightsError for another hash than `sha256`, NaN or Inf.
     """
-    stat = file.path.stat()
     path = str(file.path.resolve())
-    note = seal_folder() / f"{hashlib.sha256(path.encode()).hexdigest()[:32]}.json"
-    current = _Seal(path, stat.st_size, stat.st_mtime_ns, stat.st_ino, "")
+    note = seal_folder() / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
+    current = _Seal(path, file.size, file.stat.st_mtime_ns, file.stat.st_ino, "")
     digest = _remembered(note, current)
     if digest is None:
-        digest = hashlib.sha256(file._bytes).hexdigest()
+        digest = hashlib.sha256(file.mapped).hexdigest()
         for name, slot in file.slots.items():
             if slot.dtype.is_floating_point and not torch.isfinite(file.tensor(name)).all():
                 raise WeightsError(f"{file.path}: tensor {name!r} holds NaN or Inf", "do not use this file")
@@ -237,6 +253,8 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
     """Write a safetensors file, whole or not at all; the same tensors and metadata give the same bytes.
 
     The largest numbers come first, then names decide, as in the files of the safetensors library.
+
+    Raises: WeightsError for a header that would not be read again.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, str(item[1].dtype), item[0]))
@@ -249,27 +267,41 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
 
 
 def header_bytes(table: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
-    """What stands in front of a safetensors file's data: the length of the header, and the header."""
+    """What stands in front of a safetensors file's data: the length of the header, and the header.
+
+    Raises: WeightsError for one that `open_weights` would refuse.
+    """
     whole = {"__metadata__": dict(sorted(metadata.items()))} | dict(table)
     header = json.dumps(whole, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
+    if len(header) > MAX_HEADER_BYTES:
+        cause = f"a header of {len(header)} bytes, at most {MAX_HEADER_BYTES} are read again"
+        raise WeightsError(cause, "shorten the entry, such as the scans in its ledger")
     return len(header).to_bytes(8, "little") + header
 
 
 def write_whole(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file under a temporary name, flush it to the disk, and rename it into place.
+    """Write a file of these parts: all of it or nothing, see `whole_file`."""
+    with whole_file(path) as file:
+        for part in parts:
+            file.write(part)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, under a temporary name; at the end it is flushed to the disk and renamed into place.
 
     What an earlier writer of the same file left when it was killed is removed.
     """
-    for orphan in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+    name = path.name[:MAX_PARTIAL_NAME]
+    for orphan in path.parent.glob(f".{glob.escape(name)}.*.partial"):
         _remove_unless_locked(orphan)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    partial = path.with_name(f".{name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("xb") as file:
             with suppress(OSError):  # a file system without locks (Lustre): nobody sweeps there
                 _lock(file)
-            for part in parts:
-                file.write(part)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__, cache, hub, sources
-from .card import card_files
-from .errors import ArgumentError, SourceError, WeightsError, listed
+from .card import HERE, LIBRARY, PICTURES, card_files
+from .errors import ArgumentError, RegistryError, SourceError, WeightsError, listed
 from .film import FilmPreprocessing, flattened, prepare_scan
 from .models.backbone import Backbone, FeatureList, whole_numbers
 from .models.gemini import GEMINI, WholeModule
@@ -28,6 +29,7 @@ from .registry import TASKS, Ledger, Licence, ModelEntry, model_info
 from .sources import Access
 from .volume import Preprocessing, Volume
 from .weights import (
+    DTYPES,
     METADATA_KEY,
     WEIGHTS_NAME,
     WeightsFile,
@@ -43,6 +45,8 @@ HEADED: dict[str, type[HeadedModel]] = {"segmentation": SegmentationModel, "clas
 WHOLE_MODULE = "unet."  # prefix of the backbone's tensors in a file that holds the pre-training heads too
 WHOLE_OBJECTIVES = ("gvsl", "gemini")  # whose heads this version has
 BESIDE_HEAD = "backbone."  # the same in a file that holds a trained head
+PARAMETER_DTYPES = [dtype for dtype in DTYPES.values() if dtype.is_floating_point]
+NEWER = "upgrade gvsl-zoo if a newer version wrote the file"
 
 
 @dataclass(frozen=True)
@@ -113,14 +117,20 @@ def load(
         do not fit (before any parameter is touched), ArgumentError for arguments that do not.
     """
     _check_arguments(task, features_only, out_indices)
-    if dtype is not None and not dtype.is_floating_point:
-        raise ArgumentError(f"dtype {dtype}", "parameters are floating-point numbers: float32, float16 or bfloat16")
+    if dtype is not None:
+        _check_dtype(dtype)
     device = resolve_device(device)
     entry, file, sha256 = _find(
         name, task, num_classes, pretrained, revision, Access(cache_dir, local_files_only, token)
     )
     features = (whole_numbers(out_indices) if out_indices is not None else ()) if features_only else None
-    chans = entry.config.get("in_chans", 1) if in_chans is None else in_chans
+    own = entry.config.get("in_chans", 1)
+    chans = own if in_chans is None else in_chans
+    if file is not None and own not in (1, chans):
+        raise ArgumentError(
+            f"in_chans={chans} of weights for {own} input channels",
+            "leave in_chans out: only weights for one channel can be spread over others",
+        )
     building = "meta" if pretrained else None
     model = build(entry, task, num_classes=num_classes, in_chans=chans, features=features, device=building)
     if file is None:
@@ -161,6 +171,12 @@ def _check_arguments(task: str, features_only: bool, out_indices: Sequence[int] 
         raise ArgumentError(f"features_only with task {task!r}", "feature lists come from the backbone alone")
     if out_indices is not None and not features_only:
         raise ArgumentError("out_indices without features_only", "add features_only=True")
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in PARAMETER_DTYPES:
+        remedy = "parameters are floating-point numbers: give torch's float32, float16 or bfloat16"
+        raise ArgumentError(f"dtype {dtype!r}", remedy)
 
 
 def _check_task(entry: ModelEntry, task: str) -> None:
@@ -233,7 +249,10 @@ def _parse_entry(text: str, path: Path) -> ModelEntry:
         data = json.loads(text)
     except (ValueError, RecursionError):
         raise WeightsError(f"{path} has an unreadable entry", "save it again with gvsl_zoo.save_pretrained") from None
-    return ModelEntry.from_dict(data, path)
+    try:
+        return ModelEntry.from_dict(data, path)
+    except RegistryError as error:
+        raise WeightsError(error.cause, "; ".join(filter(None, (error.remedy, NEWER)))) from None
 
 
 def build(
@@ -249,6 +268,8 @@ def build(
 
     num_classes: of a fresh head; without it a task that the entry has a trained head for gets that one's shape.
     features: levels of a feature list (empty: the encoder's), or None for a whole backbone.
+
+    Raises: ArgumentError for what this version lacks, WeightsError for construction arguments that it does not know.
     """
     if entry.objective not in ("gvsl", "gemini", "restoration", "supervised"):
         raise ArgumentError(
@@ -262,17 +283,21 @@ def build(
     levels = () if task == "classification" and num_classes is not None else features
     architecture = BACKBONES[entry.architecture]
     decoder = levels is None or any(i >= architecture.encoder_levels for i in levels)
-    backbone = architecture(**config, in_chans=in_chans, decoder=decoder, device=device)
-    if features is not None:
-        return FeatureList(backbone, features or None)
-    if task in HEADED:
-        classes = len(entry.labels) if num_classes is None else num_classes
-        return HEADED[task](backbone, classes, device=device)
-    if task in ("registration", "pretraining"):
-        if entry.objective == "gemini":
-            return GEMINI(backbone, device=device)
-        return GVSL(backbone, affine_width=affine_width, device=device)
-    return backbone
+    try:
+        backbone = architecture(**config, in_chans=in_chans, decoder=decoder, device=device)
+        if features is not None:
+            return FeatureList(backbone, features or None)
+        if task in HEADED:
+            classes = len(entry.labels) if num_classes is None else num_classes
+            return HEADED[task](backbone, classes, device=device)
+        if task in ("registration", "pretraining"):
+            if entry.objective == "gemini":
+                return GEMINI(backbone, device=device)
+            return GVSL(backbone, affine_width=affine_width, device=device)
+        return backbone
+    except (TypeError, RuntimeError) as error:
+        cause = f"no {entry.architecture} can be made with the config {entry.config} of {entry.name}: {error}"
+        raise WeightsError(cause, NEWER) from None
 
 
 def _backbone(model: nn.Module) -> Backbone:
@@ -311,7 +336,8 @@ def check_fit(entry: ModelEntry, file: WeightsFile) -> LoadReport:
 
     Raises: WeightsError listing what is missing, left over or misshapen.
     """
-    return _fill(build(entry, widest_task(entry), device="meta"), file, None, trained=entry.trained_head is not None)
+    model = build(entry, widest_task(entry), in_chans=entry.config.get("in_chans", 1), device="meta")
+    return _fill(model, file, None, trained=entry.trained_head is not None)
 
 
 def widest_task(entry: ModelEntry) -> str:
@@ -381,16 +407,20 @@ def save_pretrained(
 
     `model.safetensors` with its entry inside, `config.json`, `preprocessor_config.json`, the card as `README.md`, and
     `LICENSE`. The entry gets a proof of these weights (`proof.prove`). Where they are no longer those that were loaded,
-    it says so and drops what was measured.
+    it says so and drops what was measured; rounding to another dtype counts as no change.
 
     Args:
+        folder: made if need be; an earlier save in it is replaced, files of other origin are not.
         entry: default the one that the model was loaded with; that of a head of your own training needs `heads` and
             `labels`, and keeps no number, source or complete ledger of what was loaded.
         dtype: of the stored tensors; float16 halves the file.
 
     Returns: the path of the weights, written whole or not at all.
+    Raises: before anything is written, ArgumentError for a model that could not be loaded again, or a folder that holds
+        a README.md, LICENSE or configuration of your own; WeightsError for NaN or Inf. WeightsError where the folder
+        cannot be written.
     """
-    return _save(model, Path(folder), entry, dtype, None)[0]
+    return _save(model, Path(folder).expanduser(), entry, dtype, None)[0]
 
 
 def _save(
@@ -400,25 +430,26 @@ def _save(
 
     given, entry = entry, entry or getattr(model, "entry", None)
     if entry is None or not isinstance(model, Backbone | WholeModule | HeadedModel):
-        raise ArgumentError(
-            f"a {type(model).__name__} {'without an entry ' if entry is None else ''}cannot be saved",
-            "save a backbone, a whole module or a trained head, with entry=",
-        )
+        remedy = "save a backbone, a whole module or a trained head, with entry="
+        for name in ("module", "_orig_mod"):  # of DataParallel and torch.compile
+            if isinstance(getattr(model, name, None), nn.Module):
+                remedy = f"save the model inside: model.{name}"
+        without = "without an entry " if entry is None else ""
+        raise ArgumentError(f"a {type(model).__name__} {without}cannot be saved", remedy)
+    _check_dtype(dtype)
     if isinstance(model, HeadedModel):
         _check_head(model, entry)
     entry = entry.portable()
+    chans = _backbone(model).in_chans
+    if chans != entry.config.get("in_chans", 1):
+        entry = replace(entry, config=entry.config | {"in_chans": chans})
+    _check_tensors(model, entry)
+    _check_folder(folder)
     path = folder / WEIGHTS_NAME
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WeightsError(f"cannot make the folder {folder}: {error.strerror}", "choose another") from None
     tensors: Mapping[str, Tensor] = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise WeightsError(f"{name} holds NaN or Inf as {dtype}", "do not save this model")
-    chans = _backbone(model).in_chans
-    if chans != entry.config.get("in_chans", 1):
-        entry = replace(entry, config=entry.config | {"in_chans": chans})
     if (given is None or isinstance(model, HeadedModel)) and not _as_loaded(model):
         entry = _without_others(entry, getattr(model, "entry", None), drawn=_drawn(model))
     if isinstance(model, Backbone):
@@ -426,6 +457,7 @@ def _save(
     count = sum(tensor.numel() for tensor in tensors.values())
     entry = replace(entry, parameters=count, proof=prove(model, preprocessing(entry), stored=dtype))
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         for name, text in card_files(entry, repo, [path.name for path in folder.glob("*.png")]).items():
             write_whole(folder / name, text.encode())
         write_weights(tensors, path, {"format": "pt", METADATA_KEY: json.dumps(entry.to_dict())})
@@ -446,6 +478,30 @@ def _check_head(model: HeadedModel, entry: ModelEntry) -> None:
             f"a {type(model).__name__} without its backbone's decoder cannot be saved",
             "make it as ClassificationModel(load(name), num_classes), from a whole backbone",
         )
+
+
+def _check_tensors(model: nn.Module, entry: ModelEntry) -> None:
+    """Refuse tensors other than those that `load` will make room for."""
+    task = "backbone" if isinstance(model, Backbone) else entry.trained_head or "pretraining"
+    module = build(entry, task, in_chans=_backbone(model).in_chans, device="meta")
+    ours, known = ({name: tuple(t.shape) for name, t in each.state_dict().items()} for each in (model, module))
+    if wrong := sorted(dict(ours.items() ^ known.items())):
+        raise ArgumentError(
+            f"a {type(model).__name__} that could not be loaded again: in {listed(wrong)} it is not what the config "
+            f"{entry.config} makes",
+            "take out what was added (modules, torch.nn.utils.parametrize), or give entry= with the model's own config",
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse to replace what no earlier save has written."""
+    names = ("README.md", "LICENSE", "config.json", "preprocessor_config.json")
+    try:
+        ours = json.loads((folder / "config.json").read_bytes())["library_name"] == LIBRARY
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        ours = False
+    if not ours and (there := [name for name in names if os.path.lexists(folder / name)]):
+        raise ArgumentError(f"{folder} holds files of other origin: {', '.join(there)}", "choose another folder")
 
 
 def _as_loaded(model: nn.Module) -> bool:
@@ -506,8 +562,8 @@ def from_pretrained(name: str | os.PathLike[str], **settings: Any) -> nn.Module:
     Args:
         settings: those of `load`.
     """
-    if isinstance(name, str) and not name.startswith((hub.PREFIX, ".", "/")):
-        if Path(name).exists():
+    if isinstance(name, str) and not name.startswith((hub.PREFIX, ".", "/", "~")):
+        if os.path.lexists(name):
             return load(Path(name), **settings)
         name = hub.PREFIX * (name.partition("@")[0].count("/") == 1) + name
     return load(name, **settings)
@@ -549,13 +605,16 @@ def push_to_hub(
     commit_message: str | None = None,
     entry: ModelEntry | None = None,
     dtype: torch.dtype = torch.float32,
+    beside: str | os.PathLike[str] | None = None,
 ) -> PushReport:
     """Put what `save_pretrained` writes into a repository of the Hub, in one commit.
 
     Args:
         repo_id: org/repo; made if it does not exist.
         token: with the right to write; default the one that the Hub's client knows.
+        private: of a repository that is made; one that is public already is refused.
         branch: default main; made if it does not exist.
+        beside: the folder that the model was loaded from; its README.md, LICENSE and pictures go along as they are.
 
     Raises: ArgumentError for weights whose licence does not allow it, SourceError for what goes wrong on the way.
     """
@@ -564,13 +623,22 @@ def push_to_hub(
     check_publishable(entry or (None if _drawn(model) else getattr(model, "entry", None)))
     if cache.offline():
         raise SourceError("the network is not allowed (HF_HUB_OFFLINE)", "push from where it is")
-    with TemporaryDirectory() as folder:
-        path, known = _save(model, Path(folder), entry, dtype, wanted.repo)
+    own = [path for path in Path(beside).iterdir() if path.is_file()] if beside else []
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for picture in own:
+            if picture.name.endswith(tuple(f"-{kind}.png" for kind in PICTURES)):
+                shutil.copyfile(picture, folder / picture.name)
+        path, known = _save(model, folder, entry, dtype, wanted.repo)
+        for text in own:
+            if text.name in ("README.md", "LICENSE"):
+                there = text.read_bytes().replace(HERE.encode(), f"{hub.PREFIX}{wanted.repo}".encode())
+                (folder / text.name).write_bytes(there)
         message = commit_message or f"{known.name}, saved by gvsl-zoo {__version__}"
-        commit = hub.push(Path(folder), wanted.repo, token=token, private=private, branch=branch, message=message)
+        commit = hub.push(folder, wanted.repo, token=token, private=private, branch=branch, message=message)
         return PushReport(wanted.repo, commit, cache.sha256_of(path), path.stat().st_size)
 
 
 # Methods of the classes: bound ones kept in an instance would be a cycle, and `del net` would free no memory.
 for _kind in (Backbone, FeatureList, HeadedModel, GVSL, GEMINI):
-    _kind.save_pretrained, _kind.push_to_hub = save_pretrained, push_to_hub  # type: ignore[union-attr]
+    _kind.save_pretrained, _kind.push_to_hub = save_pretrained, push_to_hub

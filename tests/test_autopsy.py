@@ -17,6 +17,7 @@ from gvsl_zoo.autopsy import PERCENTS, autopsy, input_statistics, read_all
 from gvsl_zoo.cli import main
 from gvsl_zoo.demo import as_volume
 from gvsl_zoo.errors import ArgumentError
+from gvsl_zoo.film import read_film
 from gvsl_zoo.pretrain.anatomy import sample_film, sample_subject
 from gvsl_zoo.registry import ModelEntry
 from gvsl_zoo.volume import Volume
@@ -216,6 +217,22 @@ def test_a_good_film_passes_and_an_inverted_one_fails(seed, tmp_path):
     assert faults(autopsy(a_film(seed, tmp_path / "good.png"), FILM)) == {}
     verdict, seen, fix = faults(autopsy(a_film(seed, tmp_path / "bad.png", lambda x: 255 - x), FILM))["inversion"]
     assert verdict == "FAIL" and "bones are dark" in seen and "255 - x" in fix
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 40), (40, 3)], ids=str)
+def test_nothing_is_said_of_the_middle_of_a_film_that_has_none(shape):
+    film = Volume(np.arange(np.prod(shape), dtype=np.uint8).reshape(*shape, 1), np.eye(4))
+    assert not any(check.what == "inversion" for check in autopsy(film, FILM))
+
+
+@pytest.mark.parametrize("frontal", [np.diag([-1.0, -1, 1]), np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])])
+def test_a_film_in_a_nifti_file_is_looked_at_as_it_lies(frontal, tmp_path):
+    pytest.importorskip("PIL")
+    film = read_film(a_film(0, tmp_path / "good.png"))
+    affine = np.eye(4)
+    affine[:3, :3] = frontal
+    turned = replace(film, affine=affine)
+    assert [check.seen for check in autopsy(turned, FILM)] == [check.seen for check in autopsy(film, FILM)]
 
 
 def test_a_film_in_colour_is_refused_with_its_way_out(tmp_path):

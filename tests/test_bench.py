@@ -372,6 +372,7 @@ def test_more_comparisons_ask_for_more_evidence():
 def test_the_command_prints_tables_and_verdicts(folder, tmp_path):
     words = ["bench", "--data", str(folder), "--labels", ",".join(f"{k}={v}" for k, v in ORGANS.items())]
     words += ["--counts", "1", "--steps", "1", "--set", "crop=16", "--device", "cpu", "-o", str(tmp_path)]
+    words += ["--modes", "full, linear"]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
     assert f"{NANO}, full: " in result.output and f"{NANO}, linear: " in result.output

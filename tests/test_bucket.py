@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.range_server import FileServer
 from gvsl_zoo.cli import main
-from gvsl_zoo.errors import ArgumentError, VolumeError
+from gvsl_zoo.errors import ArgumentError, GvslZooError, VolumeError
 from gvsl_zoo.pretrain import bucket as room
 from gvsl_zoo.pretrain import upload
 from gvsl_zoo.pretrain.bucket import Bucket
@@ -272,7 +272,7 @@ def test_a_url_that_nothing_opens_is_named():
 
 def test_without_the_extra_the_error_says_so(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "google_crc32c", None)
-    with pytest.raises(ArgumentError, match=r"memory://x needs zarr and fsspec; pip install 'gvsl-zoo\[cluster\]'"):
+    with pytest.raises(GvslZooError, match=r'memory://x needs google_crc32c; pip install "gvsl-zoo\[cluster\]"'):
         Store("memory://x")
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
 from gvsl_zoo import load, model_info, save_pretrained
 from gvsl_zoo.card import PICTURES, card_files, model_card
-from gvsl_zoo.registry import ModelEntry, Source, list_models
+from gvsl_zoo.registry import Evaluation, Label, ModelEntry, Source, list_models
 
 NANO = "gvsl-unet-ct-nano"
 CT = model_info(NANO)
@@ -18,8 +20,10 @@ CT = model_info(NANO)
 def test_the_metadata_is_what_the_hub_knows():
     """Names of the Hub's model card specification, and nothing of ours."""
     card = ModelCard(model_card(CT))
-    known = {"datasets", "library_name", "license", "pipeline_tag", "tags", "model-index", "base_model", "license_name"}
+    known = {"datasets", "library_name", "license", "pipeline_tag", "tags", "model-index", "base_model"}
     assert set(card.data.to_dict()) <= known
+    other = ModelCard(model_card(replace(CT, licence=replace(CT.licence, weights="ask us")))).data
+    assert (other.license, other.license_name, other.license_link) == ("other", "see-license", "LICENSE")
     assert card.data.datasets == list(CT.datasets) and card.data.library_name == "gvsl-zoo"
     assert {result.dataset_name for result in card.data.eval_results} == {one.data for one in CT.evaluation}
 
@@ -31,11 +35,19 @@ def test_a_card_tells_the_statistics_of_the_training_images():
     assert "What the training images were" not in model_card(replace(CT, input_statistics=None))
 
 
-@pytest.mark.parametrize(("repo", "name"), [(None, NANO), ("org/model", "hf-hub:org/model")])
+@pytest.mark.parametrize(("repo", "name"), [(None, "path/to/this/folder"), ("org/model", "hf-hub:org/model")])
 def test_a_card_tells_how_to_check_its_proof(repo, name):
     text = model_card(CT, repo)
     assert f"`gvsl-zoo verify --maths {name}`" in text and f"{len(CT.proof.digests)} digests" in text
     assert "## Proof" not in model_card(replace(CT, proof=None))
+
+
+def test_a_bar_in_a_text_does_not_end_a_cell_of_a_table():
+    labels = (Label("left | right", 1),)
+    text = model_card(
+        replace(CT, heads=("segmentation",), labels=labels, evaluation=(Evaluation("t", "a|b", "m", 1.0),))
+    )
+    assert "| 0 | left \\| right | 1 |" in text and "| t | a\\|b | m | 1 |" in text
 
 
 def test_a_model_with_a_recipe_tells_the_command_that_repeats_it():
@@ -68,6 +80,29 @@ def test_pictures_are_shown_where_they_lie_beside_the_card(tmp_path):
     (tmp_path / there[0]).write_bytes(b"")
     save_pretrained(load(NANO), tmp_path)
     assert f"]({there[0]})" in (tmp_path / "README.md").read_text()
+
+
+def test_a_large_picture_keeps_its_shades_in_few_colours(tmp_path, monkeypatch):
+    for package in ("PIL", "sklearn", "matplotlib"):
+        pytest.importorskip(package, reason="pictures need gvsl-zoo[viz]")
+    from PIL import Image
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    import card_pictures as room
+
+    rows, columns = np.mgrid[:320, : room.WIDTH]
+    shades = np.stack([columns / 5, rows / 1.3, 255 - columns / 5], -1)
+    shades += np.random.default_rng(0).normal(0, 4, shades.shape)
+    shades = shades.clip(0, 255).astype(np.uint8)
+    shades[:16] = 255
+    Image.fromarray(shades).save(tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > room.MOST_BYTES
+    assert room.shrunk(tmp_path / "x.png") == (tmp_path / "x.png").stat().st_size
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.mode == "P" and image.size == (room.WIDTH, 320)
+        error = np.asarray(image.convert("RGB"), float) - shades
+        assert not error[:15].any()  # white stays white
+    assert np.abs(error.reshape(20, 16, -1, 16, 3).mean((1, 3))).mean() < 0.6  # of 255; 1.2 without dithering
 
 
 @pytest.mark.parametrize("name", list_models())

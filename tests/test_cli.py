@@ -610,6 +610,7 @@ def test_an_import_that_fails_halfway_is_no_success(files):
 
 
 def test_push_tells_the_source_for_a_registry_and_the_facts(files, hub):
+    Path("saved/README.md").write_text("by hand")
     facts = facts_of("push", "./saved", REPO, "--message", "first", "--private")
     content = hub.files(REPO)["model.safetensors"]
     commit = hub.repos[REPO].branches["main"]
@@ -619,7 +620,7 @@ def test_push_tells_the_source_for_a_registry_and_the_facts(files, hub):
         "sha256": hashlib.sha256(content).hexdigest(),
         "bytes": len(content),
     }
-    assert hub.repos[REPO].private
+    assert hub.repos[REPO].private and hub.files(REPO)["README.md"] == b"by hand"
     text = done("push", "./saved", REPO, "--branch", "next")
     first, _, lines = text.partition("\n")
     assert first.startswith(f"pushed to {REPO}; ") and set(hub.repos[REPO].branches) == {"main", "next"}

@@ -27,7 +27,7 @@ from torch import nn
 
 from gvsl_zoo import checkpoint, registry
 from gvsl_zoo.conversion import WRAPPERS, convert, deformer_shapes, xmorpher_shapes
-from gvsl_zoo.errors import RegistryError, WeightsError
+from gvsl_zoo.errors import RegistryError, SourceError, WeightsError
 from gvsl_zoo.models.gvsl import GVSL
 from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.registry import model_info
@@ -128,6 +128,34 @@ def test_every_layout_loads_with_equal_tensors(ndim, part, prefix, wrapper, put,
     assert (report.ndim, report.width, report.architecture, report.objective) == (ndim, 8, "unet", "gvsl")
     assert report.left_out == (("epoch",) if wrapper else ())
     assert report.parameters == sum(t.numel() for t in expected.values()) and report.tensors == len(expected)
+
+
+def averaged(state):
+    return {"n_averaged": torch.tensor(3)} | prefixed("module.", state)
+
+
+def prefixed(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "layout", "left_out"),
+    [
+        (lambda state: {"state_dict": prefixed("model.", state), "epoch": 3}, ("state_dict", "model."), ("epoch",)),
+        (lambda state: prefixed("net.backbone.", state), ("net.", "backbone."), ()),
+        (lambda state: prefixed("_fsdp_wrapped_module.", state), ("_fsdp_wrapped_module.",), ()),
+        (lambda state: {"ema": state, "epoch": 3}, ("ema",), ("epoch",)),
+        (averaged, ("module.",), ("n_averaged",)),
+        (lambda state: {"model": state, "ema": averaged(state)}, ("model",), ("ema",)),
+    ],
+    ids=["lightning", "two", "fsdp", "ema", "averaged", "both"],
+)
+@pytest.mark.parametrize("heads", [False, True], ids=["unet", "whole"])
+def test_what_wraps_a_model_is_taken_off_and_told(wrapped, layout, left_out, heads, put, dst):
+    model = small(heads=heads)
+    report = convert(put(wrapped(model.state_dict())), dst)
+    assert (report.layout, report.left_out) == (layout, left_out)
+    assert same(load(dst, task="pretraining" if heads else "backbone").state_dict(), model.state_dict())
 
 
 def test_a_training_loops_file_gives_its_model_and_says_what_it_left(put, dst):
@@ -385,12 +413,12 @@ MISFITS = {
         r"not a whole xmorpher: out_conv.bias is",
     ),
     "resnet": (lambda: {"layer1.0.conv1.weight": torch.ones(2)}, "holds no U-Net"),
-    "no tensors": (lambda: {"epoch": 3}, "holds no state dict, neither on its own nor under state_dict"),
+    "no tensors": (lambda: {"epoch": 3}, "holds no state dict, neither on its own nor under a key"),
     "list": (lambda: [torch.ones(2)], "holds no state dict"),
     "tensor": (lambda: torch.ones(2), "holds no state dict"),
     "number": (lambda: 3, "holds no state dict"),
     "nothing": (dict, "holds no state dict"),
-    "unknown wrapper": (lambda: {"ema": changed()}, "holds no state dict"),
+    "two unknown wrappers": (lambda: {"ema": changed(), "x": changed()}, "holds several state dicts: ema, x; save the"),
     "wrapped twice": (lambda: {"model": {"state_dict": changed()}}, "holds no state dict"),
     "two models": (lambda: {"model": changed(), "net": changed()}, "holds several state dicts: model, net"),
     "int": (lambda: changed(fc_rot__bias=torch.ones(1).int()), "fc_rot.bias is torch.int32, not a floating-point"),
@@ -791,7 +819,7 @@ ARCHIVES = {
     "legacy tar": (lambda: legacy(True), "it looks like a tar archive; where you trust the file"),
     "bare pickle": (lambda: pickle.dumps({"a": 1}), "it looks like a pickle"),
     "TorchScript": (script, "is a TorchScript archive, which holds code"),
-    "safetensors": (lambda: b"\x40\0\0\0\0\0\0\0{}", "is not a zip archive of torch.save"),
+    "safetensors": (lambda: b"\x40\0\0\0\0\0\0\0{}", "is a safetensors file already; load opens it as it is"),
     "signature alone": (lambda: b"PK\3\4", "is a zip archive cut short"),
     "cut in half": (lambda: cut(0.5), "is a zip archive cut short"),
     "cut at its directory": (lambda: cut(0.999), "is a zip archive cut short"),
@@ -957,7 +985,6 @@ def test_a_source_that_cannot_be_read_is_told(what, tmp_path, dst, put, monkeypa
         ("folder.safetensors", "which is a folder"),
         ("old.safetensors", r"which exists already \(overwrite=True replaces it\)"),
         ("link.safetensors", r"which exists already \(overwrite=True replaces it\)"),
-        ("nul\0.safetensors", "cannot be written"),
     ],
 )
 def test_a_new_file_that_cannot_be_is_refused(name, match, put, tmp_path):
@@ -969,6 +996,11 @@ def test_a_new_file_that_cannot_be_is_refused(name, match, put, tmp_path):
     with pytest.raises(WeightsError, match=match):
         convert(path, tmp_path / name)
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "old.safetensors").read_bytes() == b"old"
+
+
+def test_a_new_file_whose_name_cannot_be_is_refused(put, tmp_path):
+    with pytest.raises(SourceError, match="cannot be written"):
+        convert(put(changed()), tmp_path / "nul\0.safetensors")
 
 
 @pytest.mark.parametrize("link", [False, True])
@@ -999,7 +1031,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_the_next_one_succeeds(owne
     before = sorted(dst.parent.rglob("*"))
     with monkeypatch.context() as patch:
         patch.setattr(owner, step, failing(error))
-        with pytest.raises((KeyboardInterrupt, WeightsError), match=r"^$|cannot be written: No space left"):
+        with pytest.raises((KeyboardInterrupt, SourceError), match=r"^$|cannot be written: No space left"):
             convert(path, dst)
     assert sorted(dst.parent.rglob("*")) == before
     convert(path, dst)

@@ -103,6 +103,14 @@ def test_a_scan_matched_to_itself_gives_every_point_back(itself: Matcher, points
     assert found.similarity.max() < 1 + 1e-4
 
 
+def test_rounding_makes_no_confidence_above_1(
+    itself: Matcher, points: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    similarity = room._similarity
+    monkeypatch.setattr(room, "_similarity", lambda *given: similarity(*given) + 1e-3)
+    assert 0.99 < itself.match(points).confidence.max() <= 1
+
+
 def test_a_copy_turned_flipped_and_shifted_gives_the_moved_points(to_turned: Matcher, points: np.ndarray) -> None:
     found = to_turned.match(points)
     assert hit(found, points + SHIFT_MM)
@@ -312,9 +320,14 @@ def test_the_command_takes_points_one_by_one_in_lps_around_a_transform() -> None
         (["--point", "1,2"], "points 1,2; write each as x,y,z"),
         (["--point", "1,2,3", "-o", "matches.txt"], "end it in .csv"),
         (["--point", "1,2,3", "--fixed", "none.nii.gz"], "no such file"),
+        (["--point", "1,2,3", "--point", "1,nan,3"], "a point that is not finite; give its millimetres in numbers"),
+        (["--point", "900,0,0", "--heat", "heat"], "no point lies in the fixed scan; it spans "),
     ],
 )
-def test_wrong_calls_are_refused_with_a_remedy(words: list[str], message: str) -> None:
+def test_wrong_calls_are_refused_with_a_remedy_before_the_work(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gvsl_zoo.inference.correspond._describe", lambda *_: pytest.fail("features were computed"))
     call = ["correspond", "--fixed", "fixed.nii.gz", "--moving", "moving.nii.gz", *words]
     result = CliRunner().invoke(main, call)
-    assert result.exit_code in (1, 2) and message in result.output
+    assert result.exit_code in (1, 2) and message in result.output and not Path("heat").exists()

@@ -115,6 +115,13 @@ def test_a_film_of_ones_own_is_shown_at_the_models_size(film_model: GVSL, tmp_pa
     assert read_volume(result.features, channels=True).data.shape == (24, 16, 1, 8)
 
 
+def test_files_of_no_demonstration_are_kept(model: GVSL, tmp_path: Path) -> None:
+    (tmp_path / "features.nii.gz").write_text("of a week's work")
+    with pytest.raises(VolumeError, match=r"has features\.nii\.gz and no demo\.png.*; choose another folder"):
+        run_demo(model, tmp_path)
+    assert (tmp_path / "features.nii.gz").read_text() == "of a week's work"
+
+
 def test_a_volume_is_no_film(film_model: GVSL, tmp_path: Path) -> None:
     with pytest.raises(VolumeError, match="slice"):
         run_demo(film_model, tmp_path, ball())
@@ -175,9 +182,35 @@ def test_a_features_picture_has_true_proportions(model: GVSL, tmp_path: Path) ->
 def test_a_film_is_shown_as_it_lies_with_its_components_beside_it(tmp_path: Path) -> None:
     pixels = np.arange(6 * 4, dtype=np.uint8).reshape(6, 4)  # rows, columns
     prepared = prepare_film(Volume(pixels.T[:, :, None], np.diag([2.0, 3.0, 1.0, 1.0])), FilmPreprocessing())
-    [row] = report.scan_rows(prepared, torch.rand(3, 1, 6, 4))
+    [row] = report.scan_rows(prepared, torch.rand(3, 1, 6, 4), film=True)
     assert [panel.size_mm for panel in row.panels] == [(18.0, 8.0)] * 2 and not any(p.letters for p in row.panels)
     np.testing.assert_allclose(row.panels[0].pixels, pixels / 255, atol=1e-6)
+
+
+def test_a_volume_of_one_slice_is_no_film(model: GVSL) -> None:
+    model.preprocessing = Preprocessing()  # type: ignore[assignment]
+    prepared = prepare_for(Volume(ball().data[..., -1:], ball().affine), model)
+    scan, _ = report.scan_rows(prepared, torch.rand(3, *prepared.shape))
+    assert [panel.letters for panel in scan.panels] == [*report.LETTERS.values()]
+    assert scan.panels[0].pixels[0, 0] > scan.panels[0].pixels[-1, -1]  # the block is at the patient's right, in front
+    image = prepared.image[0, 0]
+    images = dict.fromkeys(("original", "damaged", "restored", "fixed", "moving", "warped"), image)
+    restored = report.restoration_row(images, prepared.spacing_mm, "")
+    matched = report.matching_row(images | {"displacement": torch.zeros(3, *image.shape)}, prepared.spacing_mm, "")
+    assert (restored.panels[0].letters, matched.panels[0].letters) == ("RLAP", "RLSI")
+
+
+def test_specks_of_noisy_air_are_left_out_of_the_components(model: GVSL) -> None:
+    model.preprocessing = Preprocessing()  # type: ignore[assignment]
+    prepared = prepare_for(ball(), model)
+    body = torch.zeros(1, *prepared.shape)
+    body[:, :, 10:] = 1
+    specks = torch.zeros_like(body)
+    specks[:, ::3, :8:3, ::3] = 1
+    clean, dusty = (report.scan_rows(prepared, mask.expand(3, -1, -1, -1))[1] for mask in (body, body + specks))
+    for a, b in zip(clean.panels, dusty.panels, strict=True):
+        assert np.array_equal(a.pixels, b.pixels)
+    assert all(panel.pixels.any() for panel in clean.panels[:1])
 
 
 def test_matched_films_are_shown_whole_with_their_displacement_in_millimetres() -> None:

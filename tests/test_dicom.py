@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import locale
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import nibabel as nib
@@ -13,7 +15,7 @@ from click.testing import CliRunner
 
 from gvsl_zoo.cli import main
 from gvsl_zoo.errors import VolumeError
-from gvsl_zoo.volume import own_locale, read_volume, write_volume
+from gvsl_zoo.volume import InputWarning, own_locale, read_volume, write_volume
 
 STEP_MM = 2.0  # between slices; pixels are 0.5 x 0.75 mm (x, y)
 ORIGIN_MM = (-10.0, -20.0, 30.0)  # LPS, of the first pixel of the first slice
@@ -29,22 +31,21 @@ def write_series(
     *,
     direction=UPRIGHT,
     along=(0, 0, 1),
-    skip: int = -1,
+    places: Sequence[float] | None = None,
     series: int = 1,
     tags: dict[str, str] | None = None,
 ) -> None:
-    """Slices of `hu`, (D, H, W), STEP_MM apart in the direction `along`, written from the last to the first."""
+    """Slices of `hu`, (D, H, W), in the direction `along`, at `places` or STEP_MM apart, written from last to first."""
     sitk = pytest.importorskip("SimpleITK", reason="needs gvsl-zoo[io]")
     folder.mkdir(parents=True, exist_ok=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
+    places = places or [STEP_MM * z for z in range(len(hu))]
     for z in reversed(range(len(hu))):
-        if z == skip:
-            continue
         image = sitk.GetImageFromArray(hu[z], isVector=hu.ndim == 4)  # the writer takes intercept and slope off
         image.SetSpacing((0.5, 0.75))
         uid = f"1.2.826.0.1.3680043.2.1125.{series}"
-        place = [o + STEP_MM * z * step for o, step in zip(ORIGIN_MM, along, strict=True)]
+        place = [o + places[z] * step for o, step in zip(ORIGIN_MM, along, strict=True)]
         described = {
             "0008|0016": "1.2.840.10008.5.1.4.1.1.2",
             "0008|0018": f"{uid}.{z + 1}",
@@ -156,11 +157,71 @@ def test_the_command_takes_a_series_as_it_takes_a_file(tmp_path, hu):
     np.testing.assert_allclose(found[0], found[2], rtol=1e-3, atol=1e-5)
 
 
+# ---- what lies beside the slices, and what they do not say
+
+
+def without_image(path: Path) -> None:
+    """A file of a class that is no image, such as a structure set: SimpleITK cannot read it."""
+    uid = b"1.2.840.10008.5.1.4.1.1.481.3\0"
+    path.write_bytes(bytes(128) + b"DICM\2\0\2\0UI" + len(uid).to_bytes(2, "little") + uid + bytes(64))
+
+
+def test_what_is_no_slice_beside_the_slices_is_left_out(tmp_path, hu):
+    write_series(tmp_path / "s", hu)
+    write_series(tmp_path / "s", hu[:2], series=2, tags={"0008|0060": "SEG"})
+    without_image(tmp_path / "s" / "structures.dcm")
+    (tmp_path / "s" / "s1_001.dcm.bak").write_bytes((tmp_path / "s" / "s1_001.dcm").read_bytes())
+    for path in (tmp_path / "s", tmp_path / "s" / "s1_002.dcm"):
+        np.testing.assert_array_equal(read_volume(path).data, hu.T)
+
+
+def test_positions_rounded_to_a_tenth_of_a_millimetre_are_even(tmp_path, hu):
+    write_series(tmp_path / "s", hu, places=[0, 0.6, 1.3, 1.9, 2.5, 3.1])
+    volume = read_volume(tmp_path / "s")
+    np.testing.assert_array_equal(volume.data, hu.T)
+    assert volume.spacing_mm[2] == pytest.approx(0.62)
+
+
+@pytest.mark.parametrize(
+    ("tag", "mm", "notes"),
+    [
+        (b"\x18\0\x50\0", 3.5, ()),  # SliceThickness
+        (b"\x18\0\x88\0", 3.5, ()),  # SpacingBetweenSlices
+        (b"\x18\0\x51\0", 1, ("one slice that does not say how thick it is: 1 mm is assumed",)),
+    ],
+)
+def test_a_single_slice_is_as_thick_as_it_says(tmp_path, hu, tag, mm, notes):
+    write_series(tmp_path / "s", hu[:1], tags={"0018|0050": "3.5"})
+    path = tmp_path / "s" / "s1_001.dcm"
+    content = path.read_bytes().replace(b"\x18\0\x88\0", b"\x18\0\x89\0")  # which the writer may add
+    path.write_bytes(content.replace(b"\x18\0\x50\0", tag))
+    with pytest.warns(InputWarning, match="1 mm is assumed") if notes else nullcontext():
+        volume = read_volume(tmp_path / "s")
+    assert volume.shape == (12, 16, 1) and volume.spacing_mm == pytest.approx((0.5, 0.75, mm)) and volume.notes == notes
+
+
 # ---- what is no volume
 
 
-def no_position(folder: Path, hu: np.ndarray) -> None:
-    write_series(folder, hu, tags={"0020|0032": ""})
+def patched(old: bytes, new: bytes, name: str = "*"):
+    """A series in whose files, or the one of that name, bytes of the header are others."""
+
+    def write(folder: Path, hu: np.ndarray) -> None:
+        write_series(folder, hu)
+        for path in folder.glob(name):
+            head, found, rest = path.read_bytes().partition(old)
+            assert found
+            path.write_bytes(head + new + rest)
+
+    return write
+
+
+def placed(*places: float):
+    return lambda folder, hu: write_series(folder, hu, places=places)
+
+
+def series_of(*series: int):
+    return lambda folder, hu: [write_series(folder, hu, series=number) for number in series]
 
 
 def other_size(folder: Path, hu: np.ndarray) -> None:
@@ -179,26 +240,43 @@ def cut(folder: Path, hu: np.ndarray) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 
 
+def structures(folder: Path, hu: np.ndarray) -> None:
+    folder.mkdir()
+    without_image(folder / "a.dcm")
+
+
 def headless(folder: Path, hu: np.ndarray) -> None:
     write_series(folder, hu)
     (folder / "s1_001.dcm").write_bytes(b"not DICOM")
 
 
-@pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (lambda folder, hu: write_series(folder, hu, skip=2), "unevenly spaced, sheared .gantry tilt., or have no pos"),
-        (lambda folder, hu: write_series(folder, hu, direction=TILTED), "unevenly spaced, sheared .gantry tilt."),
-        (no_position, "or have no position; convert the series to NIfTI with dcm2niix"),
-        (headless, "1 of 6 DICOM files are damaged; copy them again"),
-        (other_size, r"cannot read .*; the file is damaged"),
-        (cut, "1 of 6 DICOM files are damaged; copy them again"),
-        (lambda folder, hu: folder.mkdir(), "it holds no DICOM series; give a NIfTI"),
-        (colours, "the DICOM series is not one grey volume; convert the series to NIfTI with dcm2niix"),
-    ],
-)
-def test_a_faulty_series_is_refused_with_its_cause(tmp_path, hu, write, message):
+FAULTS = {
+    "gap": (placed(0, 2, 4, 8, 10, 12), "s1_004.dcm and s1_003.dcm lie 4 mm apart, others 2 mm; add what is missing"),
+    "far": (placed(0, 2, 4, 6, 8, 100), "s1_002.dcm and s1_001.dcm lie 92 mm apart, others 2 mm; add what is missing"),
+    "twice": (placed(0, 2, 2, 4, 6, 8), "s1_00.*dcm and s1_00.*dcm lie at one place, 0 mm apart; keep one of"),
+    "two times": (placed(0, 2, 4, 0, 2, 4), "lie at one place, 0 mm apart; keep one of two copies or time points"),
+    "tilt": (lambda f, hu: write_series(f, hu, direction=TILTED), r"sheared by 30 degrees .gantry tilt.; convert the"),
+    "no position": (patched(b"\x20\0\x32\0", b"\x20\0\x31\0"), "s1_001.dcm has no ImagePositionPatient.*dcm2niix"),
+    "no direction": (patched(b"\x20\0\x37\0", b"\x20\0\x36\0"), "s1_001.dcm has no ImageOrientationPatient.*dcm2niix"),
+    "no spacing": (patched(b"\x28\0\x30\0", b"\x28\0\x31\0"), "s1_001.dcm has no PixelSpacing.*dcm2niix"),
+    "not at right angles": (patched(b"1\\0\\0\\0\\1\\0", b"1\\0\\0\\1\\0\\0"), "give unit vectors at right angles"),
+    "other spacing": (patched(b".75\\.5", b".85\\.5", "*3.dcm"), "PixelSpacing .0.75, 0.5., s1_003.dcm .0.85, 0.5."),
+    "other direction": (patched(b"0\\1\\0 ", b"0\\-1\\0", "*3.dcm"), "ImageOrientationPatient .*, s1_003.dcm .*; give"),
+    "other size": (other_size, "has the size .12, 16., s1_003.dcm .12, 8.; give the slices that belong together"),
+    "white where lowest": (patched(b"CHROME2", b"CHROME1"), "s1_001.dcm is MONOCHROME1, whose values SimpleITK turns"),
+    "no DICOM": (headless, "1 of 6 DICOM files are damaged: s1_001.dcm; copy them again"),
+    "cut": (cut, "1 of 6 DICOM files are damaged: s1_001.dcm; copy them again"),
+    "empty": (lambda folder, hu: folder.mkdir(), "it holds no DICOM series; give a NIfTI"),
+    "structures alone": (structures, "it holds no DICOM series: a.dcm cannot be read as an image"),
+    "colours": (colours, "s1_001.dcm is not one grey slice; convert the series to NIfTI with dcm2niix"),
+    "two": (series_of(1, 2), "2 DICOM series in one folder; give each series a folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_faulty_series_is_refused_with_its_cause(tmp_path, hu, name):
     pytest.importorskip("SimpleITK", reason="needs gvsl-zoo[io]")
+    write, message = FAULTS[name]
     write(tmp_path / "s", hu)
     with pytest.raises(VolumeError, match=message) as caught:
         read_volume(tmp_path / "s")

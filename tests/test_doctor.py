@@ -604,6 +604,14 @@ def test_an_address_that_leads_nowhere_is_a_warning(endpoint, monkeypatch, conta
     assert set(contacted) <= {"127.0.0.1", "::1"}
 
 
+def test_a_password_in_an_address_is_not_said(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://me:hf_secret@127.0.0.1:9")
+    assert "http://127.0.0.1:9 does not answer" in found("the Hub").seen
+    with pytest.raises(SourceError) as caught:
+        load("hf-hub:org/model")
+    assert "hf_secret" not in str(caught.value)
+
+
 def test_a_hub_that_says_nothing_is_given_up_in_time(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")

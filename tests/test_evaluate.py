@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 
 from gvsl_zoo import load, save_pretrained
 from gvsl_zoo.cli import main
-from gvsl_zoo.errors import ArgumentError, VolumeError
+from gvsl_zoo.errors import ArgumentError, GvslZooError, VolumeError
 from gvsl_zoo.ledger import ledger_of
 from gvsl_zoo.pretrain.anatomy import LABELS, sample_subject
 from gvsl_zoo.transfer.cases import read_cases
@@ -94,6 +95,16 @@ def test_a_film_is_measured_in_its_plane():
     found = overlap(a[:, :, None], b[:, :, None], (0.5, 2.0, 9.0), tolerance_mm=0.6)
     assert found.hd95_mm == pytest.approx(max(np.percentile(there, 95), np.percentile(back, 95)), rel=1e-5)
     assert found.surface_dice == pytest.approx(((there < 0.6).sum() + (back < 0.6).sum()) / (len(there) + len(back)))
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 1), (1, 1, 1)], ids=str)
+def test_a_line_or_a_voxel_is_measured_too(shape):
+    mask = np.ones(shape, bool)
+    assert overlap(mask, mask, (1.0, 2.0, 3.0)) == ("both", 1.0, 0.0, 1.0)
+    if shape[1] > 1:
+        other = mask.copy()
+        other[0, 0, 0] = False
+        assert overlap(other, mask, (1.0, 2.0, 3.0), tolerance_mm=1.0).surface_dice == pytest.approx(16 / 17)
 
 
 def test_what_is_absent_is_named_and_no_number_is_made_up():
@@ -191,6 +202,12 @@ def test_probabilities_are_not_taken_for_labels(folders):
     write_volume(Volume(np.full((24, 24, 24), 0.4, np.float32), AFFINE), folders / "predicted/c.nii.gz")
     with pytest.raises(VolumeError, match="holds fractions, not labels"):
         evaluate(folders / "predicted", folders / "truth")
+
+
+def test_hidden_files_are_no_cases(folders):
+    for folder in ("truth", "predicted"):
+        (folders / folder / "._a.nii.gz").write_bytes(b"of macOS")
+    assert {score.case for score in evaluate(folders / "predicted", folders / "truth").scores} == {"a", "b"}
 
 
 def test_names_that_do_not_meet_are_shown(tmp_path):
@@ -336,6 +353,12 @@ def test_a_mark_at_the_beginning_of_a_table_is_no_part_of_its_first_column(tmp_p
     files = tables(tmp_path, [0.2, 0.7], ["healthy", "ill"])
     files[which].write_text(files[which].read_text(), encoding="utf-8-sig")
     assert evaluate(*files, task="classification").summary["accuracy"]["mean"] == 1
+
+
+def test_without_monai_nothing_is_read_and_the_error_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "monai", None)
+    with pytest.raises(GvslZooError, match=r'scoring needs monai; pip install "gvsl-zoo\[train\]"'):
+        evaluate(tmp_path / "nowhere", tmp_path / "nowhere")
 
 
 def test_a_class_without_a_case_has_no_auc(tmp_path):

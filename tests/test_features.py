@@ -155,10 +155,13 @@ def test_body_pooling_leaves_the_air_out() -> None:
 def test_a_mask_on_another_grid_or_without_a_voxel_is_refused() -> None:
     scan, model = phantom(), ready(unet())
     ones = np.ones(scan.shape, np.uint8)
-    with pytest.raises(VolumeError, match=r"is not the scan's.*resample the mask"):
-        pooled_features(scan, model, mask=Volume(ones[:-1], RAS))
-    with pytest.raises(VolumeError, match="or lies elsewhere"):
-        pooled_features(scan, model, mask=Volume(ones, RAS + np.eye(4) * [[0.1], [0], [0], [0]]))
+    for data, affine, message in (
+        (ones[:-1], RAS, r"the mask has \(.*\) voxels, the scan \(.*\); resample the mask onto the grid of the scan"),
+        (ones, RAS + np.eye(4) * [[0.1], [0], [0], [0]], "the mask lies up to .* mm beside the scan; resample"),
+        (ones, np.diag([-1, -1, 1, 1]) @ RAS, "the mask has the axes LPS, the scan RAS; resample"),
+    ):
+        with pytest.raises(VolumeError, match=message):
+            pooled_features(scan, model, mask=Volume(data, affine))
     with pytest.raises(VolumeError, match="no voxel above 0"):
         pooled_features(scan, model, mask=Volume(ones * 0, RAS))
 

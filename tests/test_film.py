@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from dataclasses import replace
 
 import nibabel as nib
@@ -69,6 +71,40 @@ def test_a_film_whose_lowest_value_is_white_is_turned(pixels, tmp_path):
     assert np.array_equal(turned, 255 - pixels)
 
 
+def test_a_signed_film_whose_lowest_value_is_white_is_turned_and_keeps_its_values(pixels, tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", pixels.astype(np.int16) - 7, b"MONOCHROME1")
+    assert np.array_equal(read_pixels(path), pixels.max() - pixels.astype(int))
+    image = prepare_film(read_film(path), FilmPreprocessing()).image
+    assert image.min() == 0 and image.max() > 0.9
+
+
+AFFINES = {
+    "LPS": np.diag([-0.5, -0.7, 1, 1.0]),  # as SimpleITK writes a PNG
+    "j is -z": np.array([[0.5, 0, 0, 3], [0, 0, 1, 4], [0, -0.7, 0, 5], [0, 0, 0, 1]]),
+    "j is x": np.array([[0, 0.7, 0, 0], [-0.5, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
+}
+
+
+@pytest.mark.parametrize("name", AFFINES)
+def test_a_film_lies_as_its_file_stores_it_whatever_its_affine(name, model, pixels, tmp_path):
+    affine = AFFINES[name]
+    nib.save(nib.Nifti1Image(pixels.T[:, :, None], affine), tmp_path / "a.nii.gz")
+    film, png = read_film(tmp_path / "a.nii.gz"), write_png(tmp_path / "a.png", pixels)
+    np.testing.assert_allclose(film.affine, affine, atol=1e-6)
+    recipe = FilmPreprocessing(size=(20, 28))
+    assert torch.equal(prepare_film(film, recipe).image, prepare_film(read_film(png), recipe).image)
+    mask = Volume((film.data > 99).astype(np.uint8), np.eye(4))
+    found, wanted = features(film, model), features(png, model)
+    np.testing.assert_array_equal(found.data, wanted.data)  # voxel on voxel, in the world of the file
+    np.testing.assert_array_equal(found.affine, film.affine)
+    own = features(film, model, grid="model")
+    index = np.array([3, 5, 0, 1])
+    np.testing.assert_array_equal(own.data[3, 5], found.data[3, 5])
+    np.testing.assert_allclose(own.affine @ index, film.affine @ index, atol=1e-6)
+    of_mask = [pooled_features(scan, model, mask=mask).local for scan in (film, png)]
+    np.testing.assert_allclose(*of_mask, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("recipe", "low", "high"),
     [(FilmPreprocessing(), 0, 255), (FilmPreprocessing(window=(None, None)), 30, 200)],
@@ -112,6 +148,13 @@ def test_a_film_gets_the_size_of_the_model_whatever_its_own(size, pixels):
 def test_what_is_no_film_is_refused(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     (tmp_path / "bad.dcm").write_bytes(b"nothing")
+    grey = write_png(tmp_path / "grey.png", np.full((4, 4), 7, np.uint8)).read_bytes()
+    start, data = struct.pack(">IIBBBBB", 4, 4, 16, 4, 0, 0, 0), zlib.compress((b"\0" + b"\0\7\xff\xff" * 4) * 4)
+    chunks = [(b"IHDR", start), (b"IDAT", data), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in chunks]
+    (tmp_path / "alpha.png").write_bytes(grey[:8] + b"".join(parts))
+    with pytest.raises(VolumeError, match=r"16 bits in colour or with transparency, .*; save it as grey alone"):
+        read_film(tmp_path / "alpha.png")
     for name in ("bad.png", "bad.dcm", "missing.png"):
         with pytest.raises(VolumeError, match=rf"{name}.*; give a grey PNG or DICOM file"):
             read_film(tmp_path / name)

@@ -295,6 +295,14 @@ def test_what_is_too_much_for_the_memory_lies_in_a_file_and_is_the_same(scans, t
     assert not list(tmp_path.glob("tmp*"))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full disk to try")
+def test_a_full_disk_is_told_with_a_remedy(tmp_path, monkeypatch):
+    told = pytest.raises(TrainingError, match=r"a prepared scan of 2 MB .*: No space left on device; free space")
+    with Path("/dev/full").open("r+b") as full, told:
+        monkeypatch.setattr(data.tempfile, "TemporaryFile", lambda **_: full)
+        data._mapped(torch.rand(1, 80, 80, 80), tmp_path)
+
+
 # --- What a step draws -----------------------------------------------------------------------------------------
 
 
@@ -467,6 +475,13 @@ def test_validation_on_what_was_seen_is_warned_of(scans):
         seen_by_run(twice, ledger_of([]))
 
 
+def test_a_run_on_more_scans_than_an_entry_lists_does_not_claim_to_list_all(scans, monkeypatch):
+    split = split_cases(lungs(scans), validation=0.3)
+    monkeypatch.setattr("gvsl_zoo.ledger.MOST_LISTED", 3)
+    known = seen_by_run(split, ledger_of([]))
+    assert len(known.scans) == 3 and not known.complete
+
+
 def test_a_runs_folder_serves_its_head_its_backbone_and_new_heads(scans, tmp_path):
     model = train(lungs(scans), tmp_path, 2)
     x = torch.rand(1, 1, 16, 16, 16)
@@ -593,6 +608,58 @@ def test_sigterm_saves_and_ends_with_its_code(scans, tmp_path):
         finetune.finetune(cases, config, tmp_path / "cut", device="cpu", progress=terminate)
     assert Run(tmp_path / "cut", config).latest().step == 2
     assert same(finetune.finetune(cases, config, tmp_path / "cut", device="cpu").state_dict(), whole.state_dict())
+
+
+def signal_at(monkeypatch, name, call):
+    """SIGTERM comes as a function of a run is called so often."""
+    original, left = getattr(finetune, name), iter(range(call))
+
+    def interrupted(*arguments):
+        if next(left, None) is None:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(finetune, name, interrupted)
+
+
+@pytest.mark.parametrize("where", [("validate", 0), ("forward_backward", 1)], ids=["in validation", "before it"])
+def test_a_validation_that_had_to_wait_is_made_up_for(scans, tmp_path, monkeypatch, where):
+    """The scores fall, so that those weights are kept whose validation had to wait."""
+    fall, seen = iter([0.9, 0.5, 0.4] * 2), []
+
+    def falling(net, *arguments):
+        scores = validate(net, *arguments)
+        seen.append(bool(scores))
+        return {"dice": next(fall)} if scores else {}
+
+    monkeypatch.setattr(finetune, "validate", falling)
+    whole = train(lungs(scans), tmp_path / "whole", 6)
+    with monkeypatch.context() as patch:
+        signal_at(patch, *where)
+        with pytest.raises(SystemExit, match="143"):
+            train(lungs(scans), tmp_path / "cut", 6)
+    assert not seen[-1] and "dice" not in records(tmp_path / "cut")[-1]
+    assert Run(tmp_path / "cut", settings(6)).latest().step == 2
+    assert same(train(lungs(scans), tmp_path / "cut", 6).state_dict(), whole.state_dict())
+    assert untimed(records(tmp_path / "cut")) == untimed(records(tmp_path / "whole"))
+
+
+def test_a_run_that_is_to_stop_while_it_makes_up_for_a_validation_still_has_to(scans, tmp_path, monkeypatch):
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            signal_at(patch, "validate", 0)
+            with pytest.raises(SystemExit, match="143"):
+                train(lungs(scans), tmp_path)
+        assert [("dice" in record) for record in records(tmp_path)] == [False, False]
+    train(lungs(scans), tmp_path)
+    assert [("dice" in record) for record in records(tmp_path)] == [False, True, False, True]
+
+
+def test_a_run_whose_log_is_lost_is_told_so(scans, tmp_path):
+    train(lungs(scans), tmp_path, 1)
+    (tmp_path / "log.jsonl").unlink()
+    with pytest.raises(TrainingError, match=r"log\.jsonl is lost, and with it what the run measured; .* are whole"):
+        train(lungs(scans), tmp_path, 1)
 
 
 def test_a_run_goes_on_only_with_its_own_settings_and_cases(scans, tmp_path):
@@ -767,6 +834,13 @@ def test_a_fine_tuned_model_can_be_fine_tuned_again(scans, tmp_path):
         ({"head_steps": -1}, "head_steps -1"),
         ({"layer_decay": 0.0}, "layer_decay 0.0"),
         ({"ema": 1.0}, "ema 1.0"),
+        ({"clip_norm": 0.0}, "clip_norm 0.0"),
+        ({"warmup_steps": -1}, "warmup_steps -1"),
+        ({"weight_decay": -0.1}, "weight_decay -0.1"),
+        ({"learning_rate": float("inf")}, "learning_rate inf"),
+        ({"spacing_mm": (1.0, float("nan"), 1.0)}, r"spacing_mm \(1.0, nan, 1.0\)"),
+        ({"augment": float("nan")}, "augment nan"),
+        ({"augment": 1.5}, "augment 1.5"),  # beyond 1 the ranges of poses are cut off
     ],
 )
 def test_settings_that_cannot_be_are_refused(changed, match):
@@ -841,7 +915,12 @@ def test_the_command_trains_on_an_nnunet_folder_resumes_and_says_what_it_made(sc
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
-    [(["--labels", "lung"], "write NAME=VALUE"), (["--set", "depth=5"], "unknown settings depth")],
+    [
+        (["--labels", "lung"], "write NAME=VALUE"),
+        (["--labels", "lung=1=2"], "write NAME=VALUE"),
+        (["--labels", "lung=10,lung=11"], "'lung=10,lung=11' gives a name twice; give each of them one value"),
+        (["--set", "depth=5"], "unknown settings depth"),
+    ],
 )
 def test_a_wrong_call_is_told(scans, tmp_path, arguments, match):
     code, output = call("--data", scans, "--out", tmp_path / "run", "--steps", 1, *arguments)

@@ -20,7 +20,6 @@ from gvsl_zoo.pretrain import loop
 from gvsl_zoo.pretrain.anatomy import sample_subject
 from gvsl_zoo.pretrain.augment import damage
 from gvsl_zoo.pretrain.config import PretrainConfig
-from gvsl_zoo.pretrain.data import seeded
 from gvsl_zoo.pretrain.objective import Batch, tasks_of
 from gvsl_zoo.pretrain.validate import validate
 
@@ -54,7 +53,7 @@ def terms_of(model, fixed, moving, damaged=None, **changed):
     batch = Batch(fixed, fixed if damaged is None else damaged, moving, fixed[:, :0], fixed[:, :0])
     ndim = fixed.ndim - 2
     config = settings(ndim, crop=tuple(fixed.shape[2:]), **changed)
-    return {name: t for task in tasks_of(model, config) for name, t in task(batch, seeded("cpu", 0)).items()}
+    return {name: t for task in tasks_of(model, config) for name, t in task(batch).items()}
 
 
 # --- The released code --------------------------------------------------------------------------------------------
@@ -204,7 +203,7 @@ def test_every_parameter_of_a_task_gets_a_gradient_from_it_and_no_other_does(siz
     learnt = set()
     for task in tasks_of(model, settings(len(size), crop=size, bf16=bf16)):
         model.zero_grad()
-        sum(task(batch, seeded("cpu", 0)).values()).backward()
+        sum(task(batch).values()).backward()
         own = {id(parameter) for parameter in task.parameters()}
         for name, parameter in model.named_parameters():
             assert (parameter.grad is not None) == (id(parameter) in own), name
@@ -247,7 +246,7 @@ def test_checkpointing_changes_no_gradient():
     gradients = []
     for enable in (False, True):
         model = gemini()
-        model.unet.set_grad_checkpointing(enable)
+        model.set_grad_checkpointing(enable)
         sum(terms_of(model, *pair(16, 16, 16)).values()).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(map(torch.equal, *gradients))
@@ -279,7 +278,7 @@ def test_on_an_xmorpher_every_parameter_gets_a_gradient(size, bf16):
     batch = Batch(fixed, moving, moving, fixed[:, :0], fixed[:, :0])
     changed = {"crop": size, "bf16": bf16, "backbone": "xmorpher", "width": 16}
     for task in tasks_of(model, settings(len(size), **changed)):
-        sum(task(batch, seeded("cpu", 0)).values()).backward()
+        sum(task(batch).values()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0, name
@@ -348,7 +347,7 @@ def test_both_updates_learn_from_one_pair():
     for _ in range(80):
         log.append({})
         for task in tasks:
-            terms = task(batch, seeded("cpu", 0))
+            terms = task(batch)
             sum(terms.values()).backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -13,7 +13,6 @@ from gvsl_zoo.losses import local_ncc_loss, restoration_loss, smoothness_loss
 from gvsl_zoo.models.gvsl import GVSL, released_affine_warp, released_warp
 from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.pretrain.config import PretrainConfig
-from gvsl_zoo.pretrain.data import seeded
 from gvsl_zoo.pretrain.objective import Batch, Pretraining
 from gvsl_zoo.spatial import affine_warp, compose, warp
 
@@ -97,7 +96,7 @@ def losses(model, fixed, damaged, moving, bf16):
     """The terms of a pre-training step."""
     config = PretrainConfig(steps=1, ndim=fixed.ndim - 2, crop=tuple(fixed.shape[2:]), bf16=bf16)
     nothing = fixed[:, :0]
-    return Pretraining(model, config)(Batch(fixed, damaged, moving, nothing, nothing), seeded("cpu", 0))
+    return Pretraining(model, config)(Batch(fixed, damaged, moving, nothing, nothing))
 
 
 def loss_of(model, fixed, moving, bf16=False):

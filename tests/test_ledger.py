@@ -15,7 +15,7 @@ from PIL import Image
 from test_film import write_dicom
 from test_prepare import before_the_ledger
 
-from gvsl_zoo import load, model_info, save_pretrained, write_volume
+from gvsl_zoo import ledger, load, model_info, save_pretrained, write_volume
 from gvsl_zoo.cli import main
 from gvsl_zoo.demo import as_volume
 from gvsl_zoo.errors import ArgumentError, VolumeError
@@ -166,6 +166,15 @@ def test_a_ledger_goes_on_from_that_of_the_weights_before(cases):
     assert set(after.scans) == {"0" * 64, *(file_hash(cases[name][0]) for name in "ab")}
     assert len(after.scans) == 3 and not after.complete and ledger_of([]).complete
     assert seen(cases, after) == ("a", "b") and seen(cases, start) == ()
+
+
+def test_the_ledger_of_an_entry_lists_so_many_and_says_that_there_are_more(cases, monkeypatch):
+    monkeypatch.setattr(ledger, "MOST_LISTED", 2)
+    a, b, whole = (
+        ledger_of(paths) for paths in (cases["a"], cases["b"], [path for case in cases.values() for path in case])
+    )
+    assert joined(a, b).complete and len(joined(a, b).scans) == 2
+    assert joined(a, whole) == Ledger(False, whole.scans[:2]) and len(whole.scans) == 3 and whole.complete
 
 
 def test_a_test_on_what_was_seen_is_refused_with_the_files_named(cases):

@@ -322,6 +322,16 @@ def test_a_mask_of_ones_changes_nothing_and_others_leave_out(shape):
 
 
 @each_shape
+def test_masked_losses_of_a_batch_are_the_mean_of_its_images(shape):
+    a, b, f_a, f_b, *_ = matched(shape)
+    mask = torch.ones_like(a)
+    mask[0, ..., : shape[-1] // 2] = 0
+    for loss, given in ((masked_ncc_loss, (a, b, mask)), (masked_cosine_loss, (f_a, f_b, mask))):
+        single = sum(loss(*(x[i : i + 1] for x in given)).item() for i in range(2)) / 2
+        assert loss(*given).item() == pytest.approx(single, rel=1e-5)
+
+
+@each_shape
 def test_the_terms_do_not_change_under_mixed_precision(shape):
     given = matched(shape)
     plain = gemini_terms(*given)

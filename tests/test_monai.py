@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 
 from gvsl_zoo import load, read_volume, write_volume
 from gvsl_zoo.demo import as_volume
-from gvsl_zoo.errors import ArgumentError, VolumeError
+from gvsl_zoo.errors import ArgumentError, GvslZooError, VolumeError
 from gvsl_zoo.integrations.monai import ForMonai, image_transforms, scaled, turned
 from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.models.xmorpher import XMorpher
@@ -223,3 +224,9 @@ def test_what_has_no_one_image_in_is_refused():
         ForMonai(load(NAME, task="registration"))
     with pytest.raises(ArgumentError, match="a model without a recipe for volumes"):
         image_transforms(nn.Identity())
+
+
+def test_without_monai_the_error_says_so(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "monai", None)
+    with pytest.raises(GvslZooError, match=r'image_transforms needs monai; pip install "gvsl-zoo\[monai\]"'):
+        image_transforms(model)

@@ -13,7 +13,7 @@ from torch import nn
 
 from gvsl_zoo import load, write_volume
 from gvsl_zoo.demo import as_volume
-from gvsl_zoo.errors import ArgumentError, WeightsError
+from gvsl_zoo.errors import ArgumentError, GvslZooError, WeightsError
 from gvsl_zoo.integrations.nnunet import CT, NnUNet, export_checkpoint, unet_strides, write_plans
 from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.pretrain.anatomy import sample_subject
@@ -140,6 +140,18 @@ def test_nothing_is_replaced_unasked(tmp_path):
     with pytest.raises(WeightsError, match="exists already"):
         export_checkpoint(net, tmp_path / "w.pth")
     export_checkpoint(net, tmp_path / "w.pth", overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["", ".", "a/b"])
+def test_plans_get_the_name_of_a_file(tmp_path, name):
+    with pytest.raises(ArgumentError, match=f"name='{name}' of the new plans"):
+        written(tmp_path, load(NAME, in_chans=2), name=name)
+
+
+def test_plans_that_cannot_be_written_are_an_error_in_words(tmp_path):
+    (tmp_path / "mine.json").mkdir()
+    with pytest.raises(GvslZooError, match=r"cannot write .*mine\.json: Is a directory"):
+        written(tmp_path, load(NAME, in_chans=2), name="mine", overwrite=True)
 
 
 @pytest.mark.parametrize("task", ["backbone", "segmentation", "registration"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from gvsl_zoo import load
 from gvsl_zoo.cli import main
-from gvsl_zoo.errors import ArgumentError, WeightsError
+from gvsl_zoo.errors import ArgumentError, GvslZooError, WeightsError
 from gvsl_zoo.integrations.onnx import export_onnx
 from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.models.xmorpher import XMorpher
@@ -139,7 +140,9 @@ def test_an_xmorpher_of_images_is_exported_for_one_shape(tmp_path):
     pytest.importorskip("onnxscript")
     model = XMorpher(2, 16, generator=torch.Generator().manual_seed(0)).eval()
     model.entry = load(NAME).entry
+    before = torch.get_rng_state()
     path = export_onnx(model, tmp_path / "net.onnx", shape=(37, 50))
+    assert torch.equal(torch.get_rng_state(), before)
     assert_same(path, model, next(images(1, 1, 37, 50)))
 
 
@@ -189,13 +192,21 @@ def test_the_command_exports_by_the_ending_of_its_output(tmp_path):
         (lambda: nn.Identity(), {}, "a Identity is no model of the zoo"),
         (lambda: load(NAME, task="registration"), {}, "computes its grid from the image's size; give shape="),
         (lambda: load(NAME), {"shape": (16, 16)}, r"shape \(16, 16\) for a 3D model"),
+        (lambda: load(NAME), {"shape": 32}, "shape 32 for a 3D model; give a whole number of voxels an axis"),
+        (lambda: load(NAME), {"shape": (32.0, 32, 32)}, "give a whole number of voxels an axis"),
     ],
-    ids=["foreign", "registration", "shape"],
+    ids=["foreign", "registration", "axes", "number", "fraction"],
 )
 def test_what_cannot_be_exported_is_refused_before_any_work(tmp_path, model, settings, match):
     with pytest.raises(ArgumentError, match=match):
         export_onnx(model(), tmp_path / "net.onnx", **settings)
     assert not list(tmp_path.iterdir())
+
+
+def test_without_the_extra_the_error_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(GvslZooError, match=r'ONNX needs onnxscript; pip install "gvsl-zoo\[export\]"'):
+        export_onnx(load(NAME), tmp_path / "net.onnx")
 
 
 def test_no_file_is_replaced_unasked(tmp_path):

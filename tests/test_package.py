@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -120,12 +121,16 @@ def test_embedded_weights_stay_small_and_are_all_listed():
 # --- The wheel -------------------------------------------------------------------------------------------------
 
 
+def built(kind, source, folder):
+    """The "wheel" or "sdist" of a source tree."""
+    pytest.importorskip("hatchling", reason="building needs hatchling")
+    code = f"import hatchling.build as b; print(b.build_{kind}({str(folder)!r}))"
+    return folder / python(code, cwd=source).split()[-1]
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    pytest.importorskip("hatchling", reason="building the wheel needs hatchling")
-    folder = tmp_path_factory.mktemp("wheel")
-    code = f"import hatchling.build as b; print(b.build_wheel({str(folder)!r}))"
-    return folder / python(code, cwd=ROOT).split()[-1]
+    return built("wheel", ROOT, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -148,11 +153,21 @@ def test_the_wheel_holds_what_is_needed_and_no_more(wheel):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "gvsl_zoo").rglob("*.py")}
     page = {str(path.relative_to(ROOT)) for path in (ROOT / "gvsl_zoo" / "view" / "page").glob("*")}  # if built
     recipes = {f"gvsl_zoo/recipes/{path.name}" for path in (ROOT / "recipes").iterdir()}
-    assert embedded | modules | page | recipes | {"gvsl_zoo/weights_registry.yaml"} <= set(names)
+    others = {"gvsl_zoo/weights_registry.yaml", "gvsl_zoo/py.typed"}
+    assert embedded | modules | page | recipes | others <= set(names)
     assert any(re.fullmatch(r"[^/]+\.dist-info/(licenses/)?LICENSE", name) for name in names)
     assert {name.split("/")[0] for name in names} == {"gvsl_zoo", f"gvsl_zoo-{gvsl_zoo.__version__}.dist-info"}
     assert len(names) == len(set(names)) and not [name for name in names if re.search(r"(^|/)tests?[/_]|\.pyc", name)]
     assert wheel.stat().st_size < 7_000_000
+
+
+@pytest.mark.slow
+def test_a_wheel_made_from_the_source_distribution_holds_the_same(wheel, tmp_path):
+    with tarfile.open(built("sdist", ROOT, tmp_path)) as archive:
+        archive.extractall(tmp_path, filter="data")
+    [source] = (path for path in tmp_path.iterdir() if path.is_dir())
+    again = built("wheel", source, tmp_path)
+    assert sorted(zipfile.ZipFile(again).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
 
 
 @pytest.mark.slow

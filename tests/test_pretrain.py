@@ -44,7 +44,7 @@ from gvsl_zoo.pretrain.data import (
     open_data,
     seeded,
 )
-from gvsl_zoo.pretrain.estimate import estimate
+from gvsl_zoo.pretrain.estimate import estimate, peak_memory
 from gvsl_zoo.pretrain.objective import (
     Batch,
     GeminiMatching,
@@ -52,9 +52,12 @@ from gvsl_zoo.pretrain.objective import (
     Pretraining,
     contrast_loss,
     known_error,
+    located,
     make_batch,
     ncc_loss,
+    nearest_of,
     poses,
+    tasks_of,
 )
 from gvsl_zoo.pretrain.prepare import prepare_store
 from gvsl_zoo.pretrain.run import Run, State
@@ -299,6 +302,13 @@ def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
     assert (tmp_path / "log.jsonl").read_text() == before
 
 
+def test_a_finished_run_whose_log_is_lost_is_told_that_its_weights_are_whole(tmp_path):
+    train(tmp_path, 1)
+    (tmp_path / "log.jsonl").unlink()
+    with pytest.raises(TrainingError, match=r"log\.jsonl is lost, .* \(model\.safetensors\) are whole and load; rest"):
+        train(tmp_path, 1)
+
+
 def test_a_run_goes_on_only_with_its_own_settings(tmp_path):  # T16
     train(tmp_path, 1)
     with pytest.raises(ArgumentError, match=r"other settings: steps 1 -> 2, learning_rate 0\.002 -> 0\.01; use the"):
@@ -445,6 +455,12 @@ def test_a_run_may_start_from_weights_that_exist(tmp_path):
         ({"learning_rate": -1.0}, r"learning_rate -1\.0"),
         ({"learning_rate": float("nan")}, "learning_rate nan"),
         ({"clip_norm": 0.0}, r"clip_norm 0\.0"),
+        ({"warmup_steps": -1}, "warmup_steps -1"),
+        ({"affine_width": 12}, "affine_width 12"),
+        ({"affine_width": 0}, "affine_width 0"),
+        ({"smoothness": -1.0}, r"smoothness -1\.0"),
+        ({"contrast": float("inf")}, "contrast inf"),
+        ({"ncc": float("nan")}, "ncc nan"),
         ({"spacing_mm": 0.0}, r"spacing_mm 0\.0"),
         ({"ramp_steps": -1}, "ramp_steps -1"),
         ({"synthetic_share": 2.0}, "synthetic_share 2.0"),
@@ -582,7 +598,7 @@ def test_a_run_that_is_to_stop_while_it_validates_does_not_finish_that(tmp_path,
         signal_in_validation(patch)
         with pytest.raises(SystemExit, match="143"):
             train(tmp_path, 6, ema=0.9)
-    assert steps_saved(tmp_path) == [2, 3 + behind] and "ncc_after" not in records(tmp_path)[1]
+    assert steps_saved(tmp_path) == [2] and "ncc_after" not in records(tmp_path)[1]
     assert same(train(tmp_path, 6, ema=0.9).state_dict(), uninterrupted[0])
 
 
@@ -630,12 +646,13 @@ def wait_for(folder, lines, process, seconds=90):
 
 @pytest.mark.slow
 def test_two_processes_learn_as_one_with_the_doubled_batch(tmp_path):
-    one = launch(tmp_path, tmp_path / "one", 4, batch_size=2)
+    changed = {**KNOWN, "apart": 0.5}
+    one = launch(tmp_path, tmp_path / "one", 4, batch_size=2, **changed)
     assert one.wait(120) == 0, one.stdout.read()
-    two = launch(tmp_path, tmp_path / "two", 4, processes=2)
+    two = launch(tmp_path, tmp_path / "two", 4, processes=2, **changed)
     assert two.wait(120) == 0, two.stdout.read()
     for ours, theirs in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
-        for term in ("loss", *TERMS):
+        for term in ("loss", *TERMS, *KNOWN):
             assert ours[term] == pytest.approx(theirs[term], rel=2e-3, abs=1e-4), (ours["step"], term)
         assert ours["gradient"] == pytest.approx(theirs["gradient"], rel=2e-2)
 
@@ -772,6 +789,21 @@ def test_an_error_in_drawing_a_pair_arrives_as_it_is_with_its_cause_and_remedy(t
     with pytest.raises(VolumeError, match=r"^the store 'x' is damaged; mend it$") as caught:
         loop.pretrain(settings(synthetic_share=0.0), tmp_path, Broken(), device="cpu", workers=workers)
     assert (caught.value.cause, caught.value.remedy) == ("the store 'x' is damaged", "mend it")
+
+
+def test_a_worker_that_was_killed_is_told_with_a_remedy(tmp_path):
+    def kill(record):
+        if record["step"] == 1:
+            os.kill(children(SimpleNamespace(pid=os.getpid()))[0], signal.SIGKILL)
+
+    with pytest.raises(TrainingError, match=r"draws ahead has died: .*give fewer --workers; --resume goes on from"):
+        loop.pretrain(settings(500), tmp_path, device="cpu", workers=1, progress=kill)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), EOFError("Caught EOFError in DataLoader worker")])
+def test_an_error_that_a_living_worker_met_is_not_taken_for_its_death(error):
+    with pytest.raises(type(error)), learner.drawn([], Numbers(0, 1, 1, 1, 1, 0), 1, CPU):
+        raise error
 
 
 @pytest.mark.slow
@@ -958,7 +990,7 @@ def test_matching_alone_damages_nothing():
 def test_an_objective_has_its_terms_and_trains_its_heads(objective, terms, still):
     config = settings(objective=objective, damage_share=1.0)
     task = Pretraining(GVSL(UNet(3, 8), affine_width=8), config)
-    found = task(batch(objective=objective, damage_share=1.0), seeded(CPU, 0))
+    found = task(batch(objective=objective, damage_share=1.0))
     assert set(found) == set(terms)
     sum(found.values()).backward()
     for name, parameter in task.model.named_parameters():
@@ -977,8 +1009,8 @@ def test_without_the_affine_head_the_affine_is_the_identity():
 def test_weights_of_terms_scale_them():
     model = GVSL(UNet(3, 8), affine_width=8)
     changed = {"ncc": 2.0, "smoothness": 3.0, "restoration": 4.0}
-    plain = Pretraining(model, settings())(batch(), seeded(CPU, 0))
-    scaled = Pretraining(model, settings(**changed))(batch(), seeded(CPU, 0))
+    plain = Pretraining(model, settings())(batch())
+    scaled = Pretraining(model, settings(**changed))(batch())
     for name, factor in changed.items():
         assert scaled[name].item() == pytest.approx(factor * plain[name].item(), rel=1e-5)
 
@@ -986,7 +1018,7 @@ def test_weights_of_terms_scale_them():
 def test_known_terms_reach_the_heads_that_they_supervise():
     config = settings(ncc=0.0, smoothness=0.0, restoration=0.0, **KNOWN)
     task = Pretraining(GVSL(UNet(3, 8), affine_width=8), config)
-    terms = task(batch(**KNOWN), seeded(CPU, 0))
+    terms = task(batch(**KNOWN))
     assert terms.keys() >= KNOWN.keys()
     for name, part in (("affine", "fc_rot"), ("displacement", "out_flow"), ("contrast", "unet.up4")):
         task.zero_grad()
@@ -1024,11 +1056,47 @@ def test_contrast_is_small_for_features_that_are_the_anatomy_and_large_for_noise
         phases = torch.cat([anatomy[:, :3] * frequency for frequency in (0.2, 0.5, 1.0)], 1)
         return torch.cat([phases.sin(), phases.cos()], 1)
 
-    right = contrast_loss(waves(fixed), waves(moving), fixed, moving, seeded(CPU, 0))
+    points = torch.randint(32**3, (1, 256), generator=generator)
+    right = contrast_loss(waves(fixed), waves(moving), fixed, moving, points)
     noise = torch.randn(2, 1, 18, 32, 32, 32, generator=generator)
-    assert right < 2.0 < contrast_loss(noise[0], noise[1], fixed, moving, seeded(CPU, 0))
+    assert right < 2.0 < contrast_loss(noise[0], noise[1], fixed, moving, points)
     fixed[:, -1] = 0
-    assert contrast_loss(waves(fixed), waves(moving), fixed, moving, seeded(CPU, 0)) == 0
+    assert contrast_loss(waves(fixed), waves(moving), fixed, moving, points) == 0
+
+
+@pytest.mark.parametrize("offset", [0.0, 3000.0])
+def test_the_nearest_of_many_is_found_wherever_the_origin_lies(generator, offset):
+    others = offset + 20 * torch.rand(3, 5000, generator=generator)
+    points = offset + 20 * torch.rand(3, 200, generator=generator)
+    counted = torch.rand(5000, generator=generator) < 0.7
+    away = (points.double()[:, :, None] - others.double()[:, None]).norm(dim=0).masked_fill(~counted, torch.inf)
+    distance, match = nearest_of(points, others, counted)
+    assert torch.equal(match, away.argmin(1))
+    torch.testing.assert_close(distance.double(), away.amin(1), atol=2e-3, rtol=0)
+
+
+def test_at_the_border_a_place_in_the_anatomy_is_not_drawn_towards_the_origin():
+    config = settings(crop=(32, 32, 32), damage_share=0.0, **KNOWN)
+    places, image = 1000 + identity_grid(config.crop, torch.zeros(1)), torch.zeros(1, *config.crop)
+    seen = make_batch([Pair(image, image, places.expand(2, -1, -1, -1, -1), True)] * 40, list(range(40)), config, CPU)
+    found, known = located(seen.anatomy_fixed)
+    shares = seen.anatomy_fixed[:, -1:][known]
+    assert (shares < 1 - 1e-3).any()  # the border is among them
+    assert found.masked_select(known).min() > 999.99
+
+
+@pytest.mark.parametrize("changed", [KNOWN, {"objective": "gemini"}], ids=str)
+def test_the_terms_of_a_batch_are_the_means_of_those_of_its_pairs(changed):
+    config = settings(**changed)
+    torch.manual_seed(0)
+    model = loop.build(config, None).eval()
+    pairs = [Pairs(config, None, 1)[number] for number in range(3)]
+    pairs[2] = pairs[2]._replace(known=False)
+    together, *alone = ([pairs, [0, 1, 2]], *([[pair], [number]] for number, pair in enumerate(pairs)))
+    for task in tasks_of(model, config):
+        terms, *single = (task(make_batch(*given, config, CPU)) for given in (together, *alone))
+        for name, term in terms.items():
+            assert term.item() == pytest.approx(sum(one[name].item() for one in single) / 3, rel=1e-4), name
 
 
 # --- Validation ---------------------------------------------------------------------------------------------
@@ -1164,9 +1232,8 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("changed", [{}, {"displacement": 0.1, "affine": 0.1}, {"objective": "restoration"}], ids=str)
 def test_the_forward_and_backward_pass_of_a_batch_never_wait_for_its_numbers(changed):
     task, given = Pretraining(GVSL(UNet(3, 8), affine_width=8), settings(**changed)), batch(**changed)
-    generator = seeded(CPU, 0)
     with Waits() as waits:
-        sum(task(given, generator).values(), torch.zeros(())).backward()
+        sum(task(given).values(), torch.zeros(())).backward()
     assert waits.noted == []
 
 
@@ -1322,7 +1389,7 @@ def test_a_run_on_films_learns_and_opens(tmp_path, changed):
 
 def test_every_parameter_learns_from_films():
     task = Pretraining(GVSL(UNet(2, 8), affine_width=8), settings(**FLAT, damage_share=1.0))
-    sum(task(batch(**FLAT, damage_share=1.0), seeded(CPU, 0)).values()).backward()
+    sum(task(batch(**FLAT, damage_share=1.0)).values()).backward()
     assert [name for name, p in task.model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
@@ -1403,6 +1470,11 @@ def test_a_dry_run_estimates_and_writes_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_goes_without_the_memory_where_the_system_does_not_tell(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert peak_memory() is None
+
+
 def test_a_dry_run_takes_its_steps_as_they_are_after_the_ramp():
     drawn = []
 
@@ -1428,8 +1500,8 @@ def test_facts_are_printed_by_the_first_process_alone(name, tmp_path, monkeypatc
     outcome = SimpleNamespace(reached=True, lines=lambda: ["a table"], to_dict=dict)
     for module, function, answer in (
         *((loop, "pretrain", None), (finetune, "finetune", None), (cases, "read_cases", None)),
-        *((finetune, "best_record", {}), (folder_of_a_run, "finished", {"run": "x"}), (recipes, "train", None)),
-        (recipes, "reproduce", outcome),
+        *((finetune, "best_record", {}), (finetune, "read_log", []), (folder_of_a_run, "finished", {"run": "x"})),
+        *((recipes, "train", None), (recipes, "reproduce", outcome)),
     ):
         monkeypatch.setattr(module, function, lambda *_, answer=answer, **__: answer)
     needed = {"pretrain": ["--steps", 1], "finetune": ["--steps", 1, "--data", tmp_path]}
@@ -1445,7 +1517,8 @@ def test_facts_are_printed_by_the_first_process_alone(name, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("args", "match"),
     [
-        (["--data", "nowhere"], "nowhere"),
+        (["--data", "nowhere"], "there is no folder 'nowhere'; give a folder of scans, a store, its URL, or synthetic"),
+        (["--data", __file__], "test_pretrain.py' are a file; give a folder of scans"),
         (["--objective", "magic"], "objective 'magic'"),
         (["--set", "depth=5"], "unknown settings depth"),
         (["--set", "leraning_rate=0.1"], "unknown settings leraning_rate; did you mean learning_rate?"),

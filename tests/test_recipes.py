@@ -13,7 +13,7 @@ import yaml
 from click.testing import CliRunner
 from PIL import Image
 
-from gvsl_zoo import list_models, load, model_info, register_registry, registry, write_volume
+from gvsl_zoo import list_models, load, model_info, recipes, register_registry, registry, write_volume
 from gvsl_zoo.cache import sha256_of
 from gvsl_zoo.cli import main
 from gvsl_zoo.demo import as_volume
@@ -311,6 +311,13 @@ def test_a_model_is_made_again_carries_its_entry_and_ledger_and_a_second_call_go
     assert facts["reached"] and [row["name"] for row in facts["numbers"]] == list(NUMBERS)
     assert facts["commands"] == ["python measure.py"]
     assert (out / "model.safetensors").read_bytes() == weights and (out / "log.jsonl").read_text() == log
+
+
+def test_of_several_processes_the_first_alone_writes_the_entry(registered, tmp_path, monkeypatch):
+    for function in ("prove", "write_weights", "publish"):
+        monkeypatch.setattr(recipes, function, lambda *_, **__: pytest.fail("it was written twice"))
+    monkeypatch.setattr(recipes, "is_first", lambda: False)
+    assert reproduce(registered(), tmp_path / "run", device="cpu").reached
 
 
 def test_a_number_that_is_not_reached_is_shown_and_makes_the_exit_code_1(registered, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import nibabel as nib
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from click.testing import CliRunner
+from scipy.ndimage import gaussian_filter
 
 from benchmarks import register as bench
 from benchmarks.timing import RESULTS
@@ -18,7 +20,18 @@ from gvsl_zoo.cli import main
 from gvsl_zoo.errors import ArgumentError, VolumeError
 from gvsl_zoo.inference.atlas import segment_by_atlas
 from gvsl_zoo.inference.refine import Images, exponential, fit, fit_affine
-from gvsl_zoo.inference.register import MAX_VOXELS, _spacing, lay_over, match, register
+from gvsl_zoo.inference.register import (
+    MAX_VOXELS,
+    PASSES,
+    SMOOTHING,
+    _spacing,
+    answered,
+    lay_over,
+    match,
+    moved,
+    register,
+    smoothed,
+)
 from gvsl_zoo.models.gemini import GEMINI
 from gvsl_zoo.models.gvsl import GVSL
 from gvsl_zoo.models.unet import UNet
@@ -123,6 +136,41 @@ def test_the_grid_that_is_matched_on_has_the_scans_axes_and_size_however_it_is_t
         spacing = _spacing(large, Preprocessing((2.0, 1.0, 1.0)))
         assert spacing == pytest.approx(spacing[0] * np.array([1, 0.5, 0.5]))
         assert np.prod(np.array(large.shape) * own) / np.prod(spacing) == pytest.approx(MAX_VOXELS)
+
+
+@pytest.mark.parametrize("shape", [(7, 9, 11), (1, 5, 6), (12, 10)])
+def test_a_displacement_is_smoothed_as_scipy_does(shape, generator):
+    displacement = torch.randn(1, len(shape), *shape, generator=generator)
+    reach = math.ceil(3 * SMOOTHING)
+    sigma = (0, 0) + (SMOOTHING,) * len(shape)
+    wanted = gaussian_filter(displacement.numpy(), sigma, mode="nearest", truncate=reach / SMOOTHING)
+    assert np.abs(smoothed(displacement).numpy() - wanted).max() < 1e-6
+
+
+@pytest.mark.parametrize(("shift", "asked"), [(4.0, PASSES), (0.0, 1)])
+def test_heads_answer_again_of_what_they_have_brought_nearer_and_no_longer_than_that_helps(monkeypatch, shift, asked):
+    image = subject(1)[0].data[::2, ::2, ::2].astype(np.float32)
+    fixed = ((torch.from_numpy(image.T.copy()) + 1024) / 2048)[None, None]
+    moving = moved(fixed, torch.tensor([0.0, 0.0, -shift]).view(1, 3, 1, 1, 1).expand(1, 3, *fixed.shape[2:]))
+    asks = []
+
+    def halfway(model, fixed, image, mask, precision):
+        left = shift / 2 ** len(asks) if shift else 1.0
+        asks.append(image)
+        there = torch.tensor([0.0, 0.0, left / 2]).view(1, 3, 1, 1, 1).expand(1, 3, *fixed.shape[2:]).contiguous()
+        return torch.full((1, 3, 4), float(len(asks))), there
+
+    monkeypatch.setattr("gvsl_zoo.inference.register.match", halfway)
+    found = answered(None, fixed, moving, torch.ones_like(fixed), "float32")
+    assert len(asks) == asked
+    if not shift:
+        assert found is None
+        return
+    affine, displacement = found
+    assert (affine == 1).all()
+    expected = shift * (1 - 0.5**PASSES)
+    assert displacement[:, 2].sub(expected).abs().max() < 1e-4 and displacement[:, :2].abs().max() < 1e-4
+    assert torch.equal(asks[0], moving) and not torch.equal(asks[1], moving)
 
 
 @pytest.mark.parametrize("kind", ["gvsl", "gemini", "xmorpher"])
@@ -324,6 +372,21 @@ def test_labels_without_a_place_to_go_and_outputs_of_another_kind_are_refused(pa
     ):
         done = CliRunner().invoke(main, call + more)
         assert done.exit_code in (1, 2) and cause in done.output
+
+
+@pytest.mark.parametrize(("sheared", "option"), [("fixed", "--transform-out"), ("moving", "--save-inverse")])
+def test_a_sheared_scan_whose_displacement_has_no_place_in_nifti_is_said_before_the_work(
+    pair, tmp_path, monkeypatch, sheared, option
+):
+    monkeypatch.setattr("gvsl_zoo.inference.register.register", lambda *_, **__: pytest.fail("it was registered"))
+    shear = np.eye(4)
+    shear[0, 1] = 0.01
+    for name, (scan, _) in zip(("fixed", "moving"), pair, strict=True):
+        affine = scan.affine @ shear if name == sheared else scan.affine
+        write_volume(Volume(scan.data, affine), tmp_path / f"{name}.nii.gz")
+    call = ["register", "--fixed", tmp_path / "fixed.nii.gz", "--moving", tmp_path / "moving.nii.gz", option]
+    done = CliRunner().invoke(main, [*map(str, call), str(tmp_path / "out.nii.gz")])
+    assert done.exit_code == 2 and "no place for the grid of a sheared scan; end it in .h5" in done.output
 
 
 # --- Labels by atlases ---------------------------------------------------------------------------------------------

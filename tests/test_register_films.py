@@ -191,6 +191,20 @@ def test_films_of_different_sizes_are_laid_frame_on_frame(drawn, pair, model):
     np.testing.assert_allclose(found.warped.data, fixed.data, atol=12)  # means of pixels twice as far apart
 
 
+@pytest.mark.parametrize("turn", [np.diag([-1.0, -1, 1]), np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])])
+def test_a_film_in_a_nifti_file_is_laid_frame_on_frame_in_its_own_world(pair, model, turn):
+    fixed, affine = pair[0], np.eye(4)
+    affine[:3, :3], affine[:3, 3] = turn, (20, -30, 40)
+    moving = replace(fixed, affine=affine)
+    found = register(moving, fixed, model, refine=0)
+    points = Grid.of(fixed).points()
+    np.testing.assert_allclose(found.displacement_mm(points), Grid.of(moving).points(), atol=0.1)
+    assert found.report["displacement_mm"] < 0.1
+    np.testing.assert_allclose(found.warped.data, fixed.data, atol=12)
+    matched = correspond(points[[5050, 6060]], fixed, moving, model)
+    np.testing.assert_allclose(matched.points_mm, Grid.of(moving).points()[[5050, 6060]], atol=0.5)
+
+
 def test_films_that_know_their_millimetres_are_matched_in_them():
     sizes = {"fine": (200, 160), "coarse": (100, 100)}
     fine, coarse = (Volume(255 * np.random.default_rng(0).random((*s, 1)), np.eye(4)) for s in sizes.values())

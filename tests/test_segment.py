@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -16,9 +17,9 @@ from test_dicom import write_series
 from test_film import film_model, write_png
 from torch import nn
 
-from gvsl_zoo import load, model_info, save_pretrained, segment
+from gvsl_zoo import load, model_info, report, save_pretrained, segment
 from gvsl_zoo.cli import main
-from gvsl_zoo.errors import ArgumentError, VolumeError
+from gvsl_zoo.errors import ArgumentError, GvslZooError, VolumeError
 from gvsl_zoo.inference.features import prepare_for
 from gvsl_zoo.inference.segment import (
     Job,
@@ -268,7 +269,7 @@ def test_scans_that_do_not_fit_are_refused() -> None:
         segment([phantom(), phantom()], Thresholds())
     model = Thresholds()
     model.in_chans = 2  # type: ignore[assignment]
-    with pytest.raises(VolumeError, match="on different grids"):
+    with pytest.raises(VolumeError, match=r"channel 1 has \(40, 36, 31\) voxels, channel 0 .*; resample channel 1"):
         segment([phantom(), phantom((40, 36, 31))], model)
 
 
@@ -287,6 +288,52 @@ def test_the_picture_shows_the_labels_and_names_them(tmp_path: Path) -> None:
     assert coloured > 0.05 > (np.ptp(matplotlib.imread(tmp_path / "none.png")[..., :3], axis=2) > 0.2).mean()
     with pytest.raises(ArgumentError, match="give labels on its grid"):
         labels_picture(phantom((4, 4, 4)), found, LABELS, tmp_path / "other.png")
+
+
+def rows_of_labels(scan: Volume, found: Volume, monkeypatch: pytest.MonkeyPatch, *, film: bool) -> list[report.Row]:
+    drawn: list[report.Row] = []
+    monkeypatch.setattr(report, "draw", lambda rows, *_: drawn.extend(rows))
+    labels_picture(scan, found, LABELS, "never.png", film=film)
+    return drawn
+
+
+@pytest.mark.parametrize("mm", [1.0, 0.5])
+def test_labels_of_a_film_lie_on_it_as_one_looks_at_it(mm: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.arange(6 * 4, dtype=np.uint8).reshape(4, 6, 1)  # columns, rows
+    film = Volume(pixels, np.diag([mm, mm, 1.0, 1.0]))
+    found = Volume(np.full_like(pixels, LABELS[0].value), film.affine)
+    found.data[0, 5] = LABELS[1].value  # at the left, below
+    [row] = rows_of_labels(film, found, monkeypatch, film=True)
+    shown, laid = row.panels
+    assert (np.diff(shown.pixels[..., 0], axis=0) >= 0).all() and shown.pixels[0, 0, 0] < shown.pixels[-1, -1, 0]
+    assert np.argwhere((laid.pixels != shown.pixels).any(-1)).tolist() == [[5, 0]]
+    assert not shown.letters and shown.scale == (mm != 1) and [name for name, _ in row.legend] == [LABELS[1].name]
+
+
+def test_labels_of_a_volume_of_one_slice_lie_as_in_any_volume(monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = Volume(np.zeros((4, 6, 1), np.int16), RAS)
+    found = Volume(np.full((4, 6, 1), LABELS[0].value, np.uint8), RAS)
+    found.data[-1, -1] = LABELS[1].value  # at the patient's right, in front
+    shown, laid = (row.panels[0] for row in rows_of_labels(scan, found, monkeypatch, film=False))
+    assert np.argwhere((laid.pixels != shown.pixels).any(-1)).tolist() == [[0, 0]] and laid.letters == "RLAP"
+
+
+@pytest.mark.parametrize("letters", [5, 40])
+def test_a_legend_keeps_to_the_page_and_counts_what_it_leaves_out(
+    letters: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(report, "_save", lambda figure, _: figures.append(figure))
+    legend = [(f"{n:02}{'m' * letters}", report.LABEL_COLOURS[0]) for n in range(30)]
+    report.draw(
+        [report.Row("Labels", "", [report.Panel(np.zeros((9, 9)), (1, 1), "")], legend)], "", tmp_path / "x.png"
+    )
+    (figure,) = figures
+    named = [text for text in figure.texts if text.get_text().startswith("■")]
+    (more,) = (text for text in figure.texts if text.get_text().endswith("more"))
+    assert more.get_text() == f"and {30 - len(named)} more" and len(named) > 2
+    assert more.get_window_extent().x1 < figure.get_window_extent().x1
+    assert all(text.get_text().endswith("…") for text in named) == (letters > report.LONGEST_NAME)
 
 
 # ---- files and folders
@@ -413,6 +460,24 @@ def test_a_dicom_series_in_a_folder_of_its_own_is_a_scan(tmp_path: Path) -> None
     np.testing.assert_allclose(found.spacing_mm, (0.5, 0.75, 2.0))
 
 
+def test_no_scan_below_a_folder_is_passed_over_in_silence(tmp_path: Path) -> None:
+    for name in ("scans/A.NII.GZ", "scans/b.Nii", "scans/series/c.nii.gz", "elsewhere/deep/d.nii"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "scans" / "series" / "1.dcm").touch()
+    (tmp_path / "scans" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "scans")
+    (tmp_path / "elsewhere" / "deep" / "itself").symlink_to(tmp_path / "elsewhere" / "deep")
+    jobs = find_scans(tmp_path / "scans", tmp_path / "out")
+    assert {str(job.scans[0].relative_to(tmp_path)): str(job.output.relative_to(tmp_path)) for job in jobs} == {
+        "scans/A.NII.GZ": "out/A.nii.gz",
+        "scans/b.Nii": "out/b.nii.gz",
+        "scans/series": "out/series.nii.gz",
+        "scans/series/c.nii.gz": "out/series/c.nii.gz",
+        "scans/link/deep/d.nii": "out/link/deep/d.nii.gz",
+    }
+
+
 def test_channels_of_one_scan_lie_beside_each_other(tmp_path: Path) -> None:
     for name in ("x_0000.nii.gz", "x_0001.nii.gz", "y_0000.nii.gz", "y_0001.nii.gz"):
         (tmp_path / name).touch()
@@ -516,7 +581,7 @@ def test_a_cluster_that_is_not_there_says_so(tmp_path: Path, scans: Path, monkey
     with pytest.raises(VolumeError, match="no cluster at 'nonsense://x'"):
         segment_folder(scans, tmp_path / "out", Thresholds(), cluster="nonsense://x")
     monkeypatch.setitem(__import__("sys").modules, "distributed", None)
-    with pytest.raises(ArgumentError, match=r"a cluster needs dask; pip install 'gvsl-zoo\[cluster\]'"):
+    with pytest.raises(GvslZooError, match=r'a cluster needs distributed; pip install "gvsl-zoo\[cluster\]"'):
         segment_folder(scans, tmp_path / "out", Thresholds(), cluster="tcp://127.0.0.1:1")
 
 

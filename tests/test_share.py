@@ -141,7 +141,7 @@ def test_a_file_that_cannot_be_replaced_is_a_typed_error_and_the_old_weights_sta
 
 def test_the_hub_reads_the_cards_metadata(saved):
     card = ModelCard.load(saved / "README.md")
-    assert (card.data.library_name, card.data.license, card.data.license_name) == ("gvsl-zoo", "other", "see-LICENSE")
+    assert (card.data.library_name, card.data.license, card.data.license_name) == ("gvsl-zoo", "other", "see-license")
     assert {"medical-imaging", "3d", "CT", "gvsl", "unet"} <= set(card.data.tags)
     metadata, _ = front_matter((saved / "README.md").read_text())
     assert metadata == card.data.to_dict() and metadata["pipeline_tag"] == "image-feature-extraction"
@@ -477,6 +477,19 @@ def test_a_push_is_one_commit_of_five_files(hub, tmp_path):
     assert content["README.md"].decode() == model_card(entry_of(open_weights(folder / WEIGHTS_NAME)), REPO)
 
 
+def test_what_a_folder_holds_beside_its_weights_goes_along(hub, saved):
+    card = (saved / "README.md").read_text().replace("# mine", "# mine, by hand")
+    (saved / "README.md").write_text(card)
+    (saved / "LICENSE").write_text("mine\n")
+    for name in ("mine-features.png", "other.png", "notes.txt"):
+        (saved / name).write_bytes(name.encode())
+    push_to_hub(load(saved, task="pretraining"), REPO, beside=saved)
+    content = hub.files(REPO)
+    assert sorted(content) == sorted([".gitattributes", "mine-features.png", *FIVE])
+    assert content["README.md"].decode() == card.replace("path/to/this/folder", f"hf-hub:{REPO}") != card
+    assert content["LICENSE"] == b"mine\n" and content["mine-features.png"] == b"mine-features.png"
+
+
 def test_a_push_leaves_nothing_behind_and_sends_its_token_to_the_hub_alone(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     monkeypatch.setattr("tempfile.tempdir", None)
@@ -559,6 +572,15 @@ def test_a_private_repository_is_private_from_its_beginning(hub):
     with pytest.raises(SourceError, match=f"{REPO} does not exist, or is private"):
         load(f"hf-hub:{REPO}", token="hf_other")
     assert load(f"hf-hub:{REPO}", revision=report.revision, token="hf_read").entry.name == NANO
+
+
+def test_a_public_repository_takes_no_private_push(hub, before):
+    with pytest.raises(
+        ArgumentError, match=f"{REPO} exists and is public; make it private on the Hub, or push without"
+    ):
+        push_to_hub(load(NANO), REPO, private=True)
+    assert_as_before(hub, before)
+    assert uploads(hub) == commits(hub) == []
 
 
 def test_the_message_of_a_commit_names_the_model_or_is_ones_own(hub):

@@ -10,7 +10,9 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from dataclasses import replace
 
 import hub_server
@@ -19,6 +21,7 @@ import safetensors.torch
 import torch
 from drive_server import DriveServer
 from drive_server import file as drive_file
+from filelock import FileLock
 from hub_server import Hub
 
 from gvsl_zoo import bundle, cache, download, drive, registry, sources
@@ -640,6 +643,24 @@ def test_a_mirror_with_a_wrong_bundle_is_passed_over(what, without_embedded, nan
         assert load(NANO).load_report.sha256 == NANO_SHA256
 
 
+@pytest.mark.parametrize("whose", ["ours", "the authors'"])
+def test_a_mirror_serves_a_machine_whose_cache_cannot_be_written(whose, tmp_path, monkeypatch, request):
+    bundle_of, name = {"ours": ("nano_bundle", NANO), "the authors'": ("upstream_bundle", "theirs")}[whose]
+    given = request.getfixturevalue(bundle_of)
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    shutil.move(given if whose == "ours" else given[0], mirror / f"{name}.safetensors")
+    monkeypatch.setattr(sources, "EMBEDDED", tmp_path)
+    monkeypatch.setenv("GVSL_ZOO_REGISTRY", str(mirror))
+    monkeypatch.setenv("HF_HOME", os.devnull)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SourceNotice)
+        model = load(name, task="backbone", local_files_only=True)
+    assert model.load_report.origin == str(mirror / f"{name}.safetensors")
+    assert model.load_report.sha256 == sha256_of((mirror / f"{name}.safetensors").read_bytes())
+    assert same_state(model, load(NANO_FILE)) if whose == "ours" else narrow().keys() == model.state_dict().keys()
+
+
 # --- Kills, and places that cannot be written -------------------------------------------------------------------------
 
 WRITE = """\
@@ -705,6 +726,34 @@ def test_a_full_disk_takes_no_bundle_and_nothing_is_left(nano_bundle):
     assert stored() == []
     import_bundle(nano_bundle)
     assert stored() == [f"weights/{NANO_SHA256}.safetensors"]
+
+
+def test_what_fails_under_the_lock_is_not_the_caches_failure(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing"), cache.locked(tmp_path / "folder"):
+        (tmp_path / "nothing").read_bytes()
+    with cache.locked(tmp_path / "folder"):  # it was given back
+        pass
+
+
+def test_whoever_waits_for_another_process_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "NOTICE_SECONDS", 0.01)
+    held = threading.Event()
+
+    def hold():
+        with FileLock(tmp_path / ".lock"):
+            held.set()
+            time.sleep(0.3)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
+    said = f"waiting for another process that writes to {tmp_path}"
+    with pytest.warns(UserWarning, match=said), cache.locked(tmp_path):
+        other.join()
+
+
+def test_access_does_not_show_its_token():
+    assert "hf_secret" not in repr(Access(token="hf_secret"))
 
 
 # --- By hand ----------------------------------------------------------------------------------------------------------

@@ -72,6 +72,13 @@ def test_the_scratch_target_keeps_its_dtype_and_what_is_spread_keeps_the_respons
         torch.testing.assert_close(theirs.float(), ours, rtol=1e-4, atol=1e-4)
 
 
+def test_a_state_dict_in_the_order_of_its_names_is_spread_too():
+    model, target = load(NAME), UNet(3, 8, 3)
+    report = transplant(dict(sorted(model.state_dict().items())), into=target)
+    assert report.spread == "inc.double_conv.0.weight" and not report.left and not report.kept
+    assert torch.allclose(target.inc.double_conv[0].weight.sum(1, keepdim=True), model.inc.double_conv[0].weight)
+
+
 def test_a_path_a_name_and_a_state_dict_are_sources_too(tmp_path):
     model = load(NAME)
     model.save_pretrained(tmp_path / "saved")
@@ -168,6 +175,11 @@ def test_a_target_that_nothing_fits_is_refused_and_stays_untouched(target, match
 
 def test_a_checkpoint_that_holds_more_than_tensors_is_refused():
     refused({"epoch": 3, "state_dict": load(NAME).state_dict()}, UNet(3, 8), "holds more than tensors")
+
+
+def test_a_target_that_is_no_module_is_refused():
+    with pytest.raises(ArgumentError, match="a dict to transplant into; give the network itself"):
+        transplant(NAME, into={})
 
 
 def test_a_target_without_memory_is_refused():

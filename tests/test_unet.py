@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from formula import assert_as_recorded, image, recorded
 from gvsl_zoo.errors import ArgumentError
 from gvsl_zoo.models.backbone import Conv3d, FeatureList, initialise, pad_to_multiple
 from gvsl_zoo.models.unet import UNet, upsample
+from gvsl_zoo.models.xmorpher import XMorpher
 
 SIZES = [(37, 50, 61), (8, 8, 8), (5, 17, 3), (1, 1, 1), (37, 50), (8, 8), (5, 17), (1, 1)]
 
@@ -286,6 +289,19 @@ def test_a_unet_that_cannot_be_built_is_refused(settings):
         UNet(**settings)
 
 
+@pytest.mark.parametrize("settings", [{"ndim": 3.0}, {"width": 8.0}, {"in_chans": "1"}, {"in_chans": None}], ids=str)
+@pytest.mark.parametrize("kind", [UNet, XMorpher])
+def test_numbers_that_are_not_whole_are_refused(kind, settings):
+    [(name, value)] = settings.items()
+    with pytest.raises(ArgumentError, match=re.escape(f"{name}={value!r}; give a whole number")):
+        kind(**settings)
+
+
+def test_whole_numbers_of_numpy_s_are_taken_as_plain_ones():
+    model = UNet(np.int64(2), np.int64(8), np.int64(1))
+    assert [type(number) for number in (model.ndim, model.width, model.in_chans)] == [int] * 3
+
+
 def test_several_channels_are_taken():
     assert unet(2, in_chans=3)(noise(1, 3, 20, 20)).shape == (1, 8, 20, 20)
 
@@ -342,9 +358,24 @@ def test_the_device_is_that_of_the_tensor():
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5, 6), (1, 2, 1, 2, 3)])
-def test_upsampling_has_the_gradient_of_its_values(shape, generator):
+def test_upsampling_has_the_gradient_of_its_values_forward_backward_and_twice(shape, generator):
     x = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(upsample, x)
+    assert torch.autograd.gradcheck(upsample, x, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(upsample, x, fast_mode=True)
+
+
+def test_gradients_of_each_image_come_at_once():
+    model, x = unet(), noise(2, 1, 16, 9, 12)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, x[None]).square().mean()
+
+    together = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for n in range(2):
+        alone = torch.autograd.grad(model(x[n : n + 1]).square().mean(), list(parameters.values()))
+        for name, gradient in zip(parameters, alone, strict=True):
+            close(together[name][n], gradient, 1e-4)
 
 
 @pytest.mark.parametrize("ndim, mode", [(2, "bilinear"), (3, "trilinear")])

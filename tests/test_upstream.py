@@ -242,6 +242,17 @@ def test_a_checkpoint_whose_conversion_was_killed_is_converted_without_asking_ag
     assert same_state(quietly(NAME), unet()) and names_in(folder()) == ["model.safetensors", "record.json"]
 
 
+def test_a_full_disk_keeps_what_was_fetched(server, pth, monkeypatch):
+    server.answers = [file(pth.read_bytes())]
+    with monkeypatch.context() as patch:
+        full = OSError(28, "No space left on device")
+        patch.setattr("gvsl_zoo.conversion.write_weights", lambda *_: (_ for _ in ()).throw(full))
+        with pytest.raises(SourceError, match=r"model.safetensors cannot be written: No space left on device"):
+            load(NAME)
+    assert names_in(folder()) == ["theirs.pth"]
+    assert same_state(quietly(NAME), unet()) and len(server.log) == 1
+
+
 def test_a_checkpoint_with_code_is_refused_and_not_kept(server, tmp_path):
     class Payload:
         def __reduce__(self):
@@ -269,8 +280,9 @@ def test_a_file_fetched_by_hand_is_taken_and_stays_where_it_is(pth):
         (b"", "not a weights file"),
         (b"<html>Quota exceeded</html>", "web page"),
         (b"PK\x03\x04 and no more", "cut short"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19", "a pickle, .*; where you trust the file, open it with its own"),
     ],
-    ids=["missing", "empty", "html", "half"],
+    ids=["missing", "empty", "html", "half", "legacy"],
 )
 def test_a_file_by_hand_that_is_none_is_refused(tmp_path, content, match):
     if content is not None:

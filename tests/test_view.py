@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +74,18 @@ def server(pair: Pair, page: None) -> Iterator[PageServer]:
         yield running
 
 
+def far_away(scan: Volume) -> Volume:
+    affine = scan.affine.copy()
+    affine[0, 3] += 5000
+    return Volume(scan.data, affine)
+
+
 class serving:
     """A server that answers in a thread."""
 
     def __init__(self, pair: Pair) -> None:
-        self.server = PageServer(pair)
+        self.server = PageServer()
+        self.server.pair = pair
 
     def __enter__(self) -> PageServer:
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
@@ -91,7 +100,7 @@ def ask(
     server: PageServer, name: str, method: str = "GET", body: bytes | None = None, **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of a request below the token; a name that begins with / is the whole path."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=60)
     path = name if name.startswith("/") else f"/{server.token}/{name}"
     connection.request(method, path, body, {key.replace("_", "-"): value for key, value in headers.items()})
     response = connection.getresponse()
@@ -143,6 +152,14 @@ def test_another_host_or_origin_is_refused(server: PageServer) -> None:
     assert match(server, question, Origin=f"http://127.0.0.1:{port}")[0] == 200
     for origin in ("http://evil.example", "null", f"https://127.0.0.1:{port}"):
         assert match(server, question, Origin=origin) == (403, {"error": "a request from another page"})
+
+
+def test_at_port_80_browsers_leave_the_port_out(server: PageServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "server_port", 80)
+    question = {"scan": "fixed", "point_mm": POINT}
+    for host in ("127.0.0.1", "localhost", "localhost:80"):
+        assert match(server, question, Host=host, Origin=f"http://{host}")[0] == 200
+    assert ask(server, "", Host="evil.example")[0] == 403
 
 
 @pytest.mark.parametrize(
@@ -213,6 +230,47 @@ def test_the_match_is_that_of_the_matcher(server: PageServer, matcher: Matcher) 
     assert np.linalg.norm(np.array(back["point_mm"]) - POINT) < VOXEL_MM / 2
 
 
+@pytest.mark.parametrize("codes", [(1, 2), (0, 0)], ids=["qform first", "neither"])
+def test_the_page_gets_the_one_world_in_which_points_are_matched(
+    pair: Pair, scans: tuple[Volume, Volume], page: None, tmp_path: Path, codes: tuple[int, int]
+) -> None:
+    fixed, elsewhere = scans[0], scans[0].affine.copy()
+    elsewhere[0, 3] += 40
+    header = nib.Nifti1Header()
+    header.set_data_shape(fixed.shape)
+    header.set_xyzt_units("mm")
+    header.set_sform(fixed.affine, codes[0])
+    header.set_qform(elsewhere, codes[1])
+    read = replace(fixed, header=header)
+    with serving(Pair(read, read, pair.matcher, tmp_path, names=pair.names)) as server:
+        (tmp_path / "scan.nii").write_bytes(ask(server, "fixed.nii")[2])
+    served: Any = nib.load(tmp_path / "scan.nii")
+    for form in (served.header.get_sform(coded=True), served.header.get_qform(coded=True)):
+        np.testing.assert_allclose(form[0], fixed.affine, atol=1e-3)
+        assert form[1] > 0
+
+
+def test_a_question_that_was_given_up_before_its_turn_is_not_answered(
+    server: PageServer, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[float]] = []
+    matched = pair.matcher.match
+    monkeypatch.setattr(
+        pair.matcher, "match", lambda points, **how: asked.extend(points.tolist()) or matched(points, **how)
+    )
+    before = set(threading.enumerate())
+    with pair._lock:  # another question is being answered
+        for x in (1.0, 2.0):
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
+            body = json.dumps({"scan": "fixed", "point_mm": [x, 0, 0]})
+            connection.request("POST", f"/{server.token}/match", body, {"Content-Type": "application/json"})
+            connection.close()
+    assert match(server, {"scan": "fixed", "point_mm": POINT})[0] == 200
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+    assert asked == [POINT]
+
+
 def test_a_checkerboard_takes_its_fields_from_both_scans_in_turn(pair: Pair, scans: tuple[Volume, Volume]) -> None:
     fixed = scans[0]
     brighter = Pair(
@@ -233,20 +291,13 @@ def test_a_checkerboard_takes_its_fields_from_both_scans_in_turn(pair: Pair, sca
     assert 0.3 < from_warped.mean() < 0.6
 
 
-def test_a_warped_scan_on_another_grid_is_refused(pair: Pair, scans: tuple[Volume, Volume]) -> None:
-    with pytest.raises(ArgumentError, match=r"the warped scan's grid.*gvsl-zoo warp"):
-        Pair(*scans, pair.matcher, pair.folder, warped=scans[1], names=pair.names)
-
-
 def test_scans_that_do_not_overlap_say_so_when_they_are_laid_over_each_other(
     pair: Pair, scans: tuple[Volume, Volume], page: None, tmp_path: Path
 ) -> None:
-    affine = scans[1].affine.copy()
-    affine[0, 3] += 5000
-    apart = Pair(scans[0], Volume(scans[1].data, affine), pair.matcher, tmp_path, names=pair.names)
+    apart = Pair(scans[0], far_away(scans[1]), pair.matcher, tmp_path, names=pair.names)
     with serving(apart) as server:
         status, _, body = ask(server, "moving-blend.nii")
-        assert status == 409 and b"no voxel of the grid" in body
+        assert status == 409 and b"the scans do not overlap; lay the warped one over" in body
         assert ask(server, "warped-blend.nii")[0] == 404
 
 
@@ -261,9 +312,78 @@ def test_a_page_that_was_not_built_is_said_before_long_work(tmp_path: Path, monk
         room.page_files()
 
 
-def test_a_port_that_is_taken_is_said(server: PageServer, pair: Pair) -> None:
-    with pytest.raises(GvslZooError, match=r"cannot listen on port \d+: .*; choose another --port"):
-        PageServer(pair, server.server_port)
+def test_a_port_that_is_taken_is_said_before_anything_is_read(server: PageServer) -> None:
+    result = CliRunner().invoke(main, ["view", "none.nii.gz", "none.nii.gz", "--port", str(server.server_port)])
+    assert result.exit_code == 1 and "cannot listen on port" in result.output
+    assert "choose another --port" in result.output
+
+
+def test_a_warped_scan_that_does_not_fit_is_said_before_the_work(
+    page: None, scans: tuple[Volume, Volume], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gvsl_zoo.zoo.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.chdir(tmp_path)
+    for name, scan in zip(("fixed.nii", "moving.nii"), scans, strict=True):
+        write_volume(scan, name)
+    result = CliRunner().invoke(main, ["view", "fixed.nii", "moving.nii", "--warped", "moving.nii"])
+    assert result.exit_code == 1 and "resample the warped scan onto the grid of the fixed scan" in result.output
+
+
+def test_a_browser_in_the_terminal_does_not_keep_the_server_from_answering(
+    page: None, scans: tuple[Volume, Volume], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = threading.Event()
+
+    def serve(server: PageServer) -> None:
+        served.set()
+        raise KeyboardInterrupt
+
+    def browse(url: str) -> None:
+        assert served.wait(30), "the browser waits for the page, and nobody serves it"
+
+    monkeypatch.setattr("webbrowser.open", browse)
+    monkeypatch.setattr(PageServer, "serve_forever", serve)
+    monkeypatch.setattr("gvsl_zoo.zoo.load", lambda *_, **__: None)
+    monkeypatch.setattr("gvsl_zoo.inference.correspond.Matcher", lambda *_, **__: None)
+    monkeypatch.chdir(tmp_path)
+    write_volume(scans[0], "scan.nii")
+    result = CliRunner().invoke(main, ["view", "scan.nii", "scan.nii", "--open"])
+    assert result.exit_code == 0 and "ended" in result.output, result.output
+
+
+VIEW = """
+import signal, sys
+from pathlib import Path
+from gvsl_zoo import zoo
+from gvsl_zoo.cli import main
+from gvsl_zoo.inference import correspond
+from gvsl_zoo.view import server
+
+signal.signal(int(sys.argv[1]), signal.SIG_DFL)
+server.PAGE = Path()
+zoo.load = correspond.Matcher = lambda *_, **__: None
+main(["view", "scan.nii", "scan.nii"])
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGHUP])
+def test_whatever_ends_the_command_it_leaves_no_scans_behind(
+    page: None, scans: tuple[Volume, Volume], tmp_path: Path, end: signal.Signals
+) -> None:
+    write_volume(scans[0], tmp_path / "scan.nii")
+    words, settings = [sys.executable, "-c", VIEW, str(end.value)], os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=settings) as process:
+        assert process.stdout is not None
+        try:
+            _, _, address, path = process.stdout.readline().split()[1].split("/", 3)
+            connection = http.client.HTTPConnection(address)
+            connection.request("GET", f"/{path}fixed.nii")
+            assert connection.getresponse().status == 200 and list(tmp_path.glob("gvsl-zoo-view-*/fixed.nii"))
+            process.send_signal(end)
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
+    assert not list(tmp_path.glob("gvsl-zoo-view-*"))
 
 
 # ---- in a browser
@@ -311,6 +431,55 @@ def test_a_click_moves_the_other_crosshair_to_the_corresponding_point(browser: d
     assert up[2] - result["seen"][1]["fixed"][2] == pytest.approx(6, abs=VOXEL_MM)  # one voxel towards the head
     assert left[0] - up[0] == pytest.approx(30, abs=VOXEL_MM)  # five towards the patient's right
     assert [seen["layers"]["moving"][1:] == ["heat.nii"] for seen in result["seen"]] == [True, False, False, True]
+
+
+@pytest.mark.slow
+def test_the_match_lies_where_an_oblique_scan_has_it(
+    browser: dict[str, Any], scans: tuple[Volume, Volume], tmp_path: Path, pair: Pair
+) -> None:
+    turn = np.eye(4)
+    turn[:3, :3] = [[0.9254, -0.3368, 0.1736], [0.3420, 0.9397, 0.0], [-0.1632, 0.0594, 0.9848]]  # 20 and 10 degrees
+    oblique = Volume(scans[0].data, turn @ scans[0].affine)
+    matcher = Matcher(scans[0], oblique, load("gvsl-unet-ct-nano"))
+    steps: list[dict[str, Any]] = [{"click": ["fixed", [0.35, 0.4]]}, {"click": ["moving", [0.6, 0.55]]}]
+    with serving(Pair(scans[0], oblique, matcher, tmp_path, names=pair.names)) as server:
+        result = drive(browser, server.url, steps)
+    for seen in result["seen"]:
+        assert np.linalg.norm(turn[:3, :3] @ seen["fixed"] - seen["moving"]) < VOXEL_MM
+
+
+@pytest.mark.slow
+def test_only_a_match_is_called_one(browser: dict[str, Any], pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    clicks = [{"click": ["fixed", [share, 0.4]]} for share in (0.35, 0.4, 0.45)]
+    answer = pair.match
+
+    def answers(scan: str, point: list[float], *awaited: Any) -> dict[str, Any] | None:
+        kind = kinds.pop(0)
+        if kind == "error":
+            raise ArgumentError("no")
+        none = {"point_mm": None, "confidence": 0.0, "similarity": None, "return_mm": None}
+        return (answer(scan, point, *awaited) or {}) | (none if kind == "none" else {})
+
+    kinds = ["match", "none", "error"]
+    monkeypatch.setattr(pair, "match", answers)
+    with serving(pair) as server:
+        seen = drive(browser, server.url, clicks)["seen"]
+    assert [one["marks"] for one in seen] == [["Chosen:", "Match:"], *[["Chosen:", "Crosshair:"]] * 2]
+    assert [one["state"] for one in seen] == ["matched", "matched", "error"]
+    assert seen[0]["confidence"] > 0.8 and seen[1]["confidence"] == seen[2]["confidence"] == 0
+    assert seen[2]["layers"]["moving"] == ["moving.nii"]
+
+
+@pytest.mark.slow
+def test_an_overlay_that_fails_leaves_none(
+    browser: dict[str, Any], scans: tuple[Volume, Volume], pair: Pair, tmp_path: Path
+) -> None:
+    apart = Pair(scans[0], far_away(scans[1]), pair.matcher, tmp_path, warped=scans[0], names=pair.names)
+    with serving(apart) as server:
+        steps = [{"check": f"input[value={which}]"} for which in ("warped", "moving")]
+        first, then = drive(browser, server.url, steps)["seen"]
+    assert first["layers"]["fixed"] == ["fixed.nii", "warped-blend.nii"] and then["layers"]["fixed"] == ["fixed.nii"]
+    assert then["state"] == "error" and "do not overlap" in then["status"]
 
 
 @pytest.mark.slow

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gzip
 import io
 import itertools
+import os
 import pickle
 import resource
 import struct
 import sys
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -513,7 +515,7 @@ CONTENTS = {
 @pytest.mark.parametrize("name", CONTENTS)
 def test_a_faulty_file_is_refused_and_named(tmp_path, name, unpacker, monkeypatch):
     module, _, reader = unpacker.rpartition(".")
-    monkeypatch.setattr("gvsl_zoo.volume._GzipReader", getattr(pytest.importorskip(module), reader))
+    monkeypatch.setattr("gvsl_zoo.volume._Gzip", getattr(pytest.importorskip(module), reader))
     content, message = CONTENTS[name]
     path = tmp_path / "fault.nii.gz"
     path.write_bytes(content)
@@ -638,6 +640,38 @@ def test_what_is_written_is_what_nibabel_reads(tmp_path):
     assert (tmp_path / "a.nii.gz").read_bytes() == first  # no time stamp inside
 
 
+@pytest.mark.parametrize("packer", ["gzip.GzipFile", "isal.igzip.IGzipFile"])
+def test_a_packed_file_is_the_same_whoever_packs_it(tmp_path, packer, monkeypatch):
+    module, _, kind = packer.rpartition(".")
+    monkeypatch.setattr("gvsl_zoo.volume._Gzip", getattr(pytest.importorskip(module), kind))
+    data = np.random.default_rng(0).integers(-1000, 1000, (30, 20, 10)).astype(np.int16)
+    for name in ("a.nii", "a.nii.gz", "b.nii.gz"):
+        write_volume(Volume(data, np.eye(4)), tmp_path / name)
+    packed = (tmp_path / "a.nii.gz").read_bytes()
+    assert gzip.decompress(packed) == (tmp_path / "a.nii").read_bytes() and len(packed) < data.nbytes
+    assert packed == (tmp_path / "b.nii.gz").read_bytes()
+
+
+def test_what_is_true_of_the_scan_alone_is_not_said_of_what_is_made_from_it(tmp_path):
+    image = nib.Nifti1Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5), np.eye(4))
+    image.header.set_dim_info(0, 1, 2)
+    image.header.set_intent("label", name="tissue")
+    given = {"slice_code": 1, "slice_end": 4, "slice_duration": 0.1, "toffset": 3, "aux_file": b"lut"}
+    for field, value in given.items():
+        image.header[field] = value
+    nib.save(image, tmp_path / "a.nii")
+    volume = read_volume(tmp_path / "a.nii")
+    prepared = quietly(volume, Preprocessing((2, 2, 2)))
+    plain = nib.Nifti1Header()
+    for made in (prepared.restore(prepared.image), prepared.place(prepared.image)):
+        write_volume(made, tmp_path / "b.nii", overwrite=True)
+        header = nib.load(tmp_path / "b.nii").header
+        for field in ("dim_info", "intent_code", "intent_name", *given):
+            assert header[field] == plain[field], field
+    write_volume(volume, tmp_path / "c.nii")
+    assert nib.load(tmp_path / "c.nii").header == image.header
+
+
 @pytest.mark.parametrize("dtype", [bool, np.float16, ">i2"])
 def test_types_that_nifti_has_not_are_written_as_the_next_wider(tmp_path, dtype):
     data = np.array([0, 1, 1, 0, 1, 0]).reshape(1, 2, 3).astype(dtype)
@@ -690,15 +724,37 @@ def test_what_a_killed_run_left_is_gone_after_the_next(tmp_path, volume, monkeyp
         patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt("stopped")))
         with pytest.raises(KeyboardInterrupt, match="stopped"):
             write_volume(volume, tmp_path / "out.nii.gz")
-    assert len(files(tmp_path)) == 2 and not (tmp_path / "out.nii.gz").exists()
+    [left] = files(tmp_path) - {"in.nii.gz"}
+    os.utime(tmp_path / left, (0, 0))  # long ago
     write_volume(volume, tmp_path / "out.nii.gz")
     assert files(tmp_path) == {"in.nii.gz", "out.nii.gz"}
+
+
+@pytest.mark.parametrize("name", ["out.nii", "out.nii.gz"])
+def test_two_that_write_one_output_at_once_both_write_it_whole(tmp_path, volume, name, monkeypatch):
+    sync, other = os.fsync, replace(volume, data=volume.data + 1)
+
+    def while_the_first_still_writes(number: int) -> None:
+        monkeypatch.setattr("os.fsync", sync)
+        write_volume(other, tmp_path / name)
+        np.testing.assert_array_equal(read_volume(tmp_path / name).data, other.data)
+        sync(number)
+
+    monkeypatch.setattr("os.fsync", while_the_first_still_writes)
+    write_volume(volume, tmp_path / name)
+    np.testing.assert_array_equal(read_volume(tmp_path / name).data, volume.data)
+    assert files(tmp_path) == {"in.nii.gz", name}
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5, 6, 7), (3, 0, 5)])
 def test_an_array_that_is_no_volume_is_refused(shape):
     with pytest.raises(VolumeError, match=r"data has shape .* give \(i, j, k\)"):
         Volume(np.zeros(shape), np.eye(4))
+
+
+def test_an_affine_with_its_translation_in_the_last_row_is_refused():
+    with pytest.raises(VolumeError, match=r"with the last row 0 0 0 1: .*; give 4 x 4 finite numbers"):
+        Volume(np.zeros((3, 4, 5)), turned_affine((0, 1, 2), (1, 1, 1)).T)
 
 
 # ---- real scans

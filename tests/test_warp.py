@@ -227,8 +227,9 @@ def test_a_file_that_is_no_usable_transform_is_told(folder, monkeypatch, transfo
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("", "no column x, y, z; name the columns x, y, z in the first line"),
-        ("x,y\n1,2\n", "no column z"),
+        ("", "no column x, y, z among none; name the columns x, y, z in the first line"),
+        ("x,y\n1,2\n", "no column z among 'x', 'y'; name"),
+        ("x;y;z\n1;2;3\n", "no column x, y, z among 'x;y;z'; name the columns x, y, z in the first line, commas"),
         ("x,y,z\n1,2,3\n1,two,3\n", "row 2 is not 3 cells with numbers in x, y, z; mend it or leave it out"),
         ("x,y,z\n1,2\n", "row 1 is not 3 cells with numbers"),
         ("x,y,z\n1,2,3,4\n", "row 1 is not 3 cells with numbers"),
@@ -240,6 +241,14 @@ def test_points_that_are_none_are_told_with_their_row(folder, text, match):
     result = run("--points", folder / "bad.csv", "--transform", folder / "affine.mat", "-o", folder / "out.csv")
     assert result.exit_code == 1 and match in result.stderr
     assert not (folder / "out.csv").exists()
+
+
+def test_columns_of_one_name_and_names_with_spaces_stay_what_they_are(folder):
+    (folder / "odd.csv").write_text("note, x, y, z,note,x\na,1,2,3,b,c\n")
+    done("--points", folder / "odd.csv", "--transform", folder / "affine.mat", "-o", folder / "out.csv")
+    head, row = (line.split(",") for line in (folder / "out.csv").read_text().splitlines())
+    assert head == ["note", "x", "y", "z", "note", "x"] and [row[n] for n in (0, 4, 5)] == ["a", "b", "c"]
+    np.testing.assert_allclose([float(n) for n in row[1:4]], SHEARED(np.array([[1.0, 2, 3]]))[0], atol=1e-4)
 
 
 def test_an_empty_table_of_points_stays_one(folder):

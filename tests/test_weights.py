@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+import mmap
 import os
 import pickle
 import pwd
@@ -255,7 +256,7 @@ CORPUS = {
 def test_a_damaged_file_is_refused_before_anything_is_allocated(name, put, monkeypatch):
     content, match = CORPUS[name]
     path = put(content)
-    monkeypatch.setattr(WeightsFile, "_bytes", property(lambda _: pytest.fail("the data was mapped")))
+    monkeypatch.setattr(mmap, "mmap", lambda *_, **__: pytest.fail("the data was mapped"))
     tracemalloc.start()
     try:
         with pytest.raises(WeightsError, match=match) as caught:
@@ -265,6 +266,15 @@ def test_a_damaged_file_is_refused_before_anything_is_allocated(name, put, monke
         tracemalloc.stop()
     assert str(path) in str(caught.value)
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("start", "remedy"),
+    [(b"PK\3\4", "convert it first: gvsl-zoo convert"), (b"\x80\2", "open it with its own program"), (b"v", "get it")],
+)
+def test_a_checkpoint_in_the_place_of_weights_is_told_what_to_do_with(start, remedy, put):
+    with pytest.raises(WeightsError, match=f"is not a weights file: .*; .*{remedy}"):
+        open_weights(put(start + b"\xff" * 20))
 
 
 @pytest.mark.parametrize("length", [200_000_000, 5 * 2**20])
@@ -399,7 +409,7 @@ def test_another_sha256_is_refused(good, sealed):
 @pytest.fixture
 def reading_fails(monkeypatch):
     def arm():
-        monkeypatch.setattr(WeightsFile, "_bytes", property(lambda _: pytest.fail("the data was read again")))
+        monkeypatch.setattr(WeightsFile, "tensor", lambda *_: pytest.fail("the data was read again"))
 
     return arm
 
@@ -436,6 +446,27 @@ def test_a_changed_file_is_read_again(good, change):
     assert check_content(open_weights(good)) == hashlib.sha256(other).hexdigest()
     with pytest.raises(WeightsError, match=f"expected {digest}"):
         check_content(open_weights(good), digest)
+
+
+@pytest.mark.parametrize(
+    "other", [packed({"a": A}, BODY[:8]), packed({"a": A, "b": B, "c": claim([9], 12, 48)}, BODY * 4)]
+)
+def test_a_file_that_is_replaced_after_it_was_opened_stays_what_it_was(good, other):
+    file = open_weights(good)
+    (good.parent / "new").write_bytes(other)
+    (good.parent / "new").replace(good)
+    assert check_content(file) == hashlib.sha256(GOOD).hexdigest()
+    assert bytes(bits(file.tensor("a"))) == BODY[:8] and bytes(file.data) == BODY and file.size == len(GOOD)
+    assert check_content(open_weights(good)) == hashlib.sha256(other).hexdigest()
+
+
+def test_a_name_that_is_no_unicode_is_a_name(good):
+    path = Path(os.fsdecode(os.fsencode(good.parent) + b"/\xe9.safetensors"))
+    try:
+        good.rename(path)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    assert check_content(open_weights(path)) == check_content(open_weights(path)) == hashlib.sha256(GOOD).hexdigest()
 
 
 def test_a_seal_is_of_one_path_only(good):
@@ -618,6 +649,12 @@ def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):
 
 def an_hour_ago(path):
     os.utime(path, (time.time() - 3600,) * 2)
+
+
+def test_a_header_that_would_not_be_read_again_is_not_written(tmp_path):
+    with pytest.raises(WeightsError, match=r"a header of \d+ bytes, at most 4194304 are read again; shorten the entry"):
+        write_weights({"a": torch.ones(3)}, tmp_path / "x.safetensors", {"entry": "x" * weights.MAX_HEADER_BYTES})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_write_leaves_that_of_a_living_process_alone(tmp_path):

@@ -37,7 +37,7 @@ from gvsl_zoo.models.xmorpher import (
 )
 from gvsl_zoo.pretrain.anatomy import sample_subject
 from gvsl_zoo.pretrain.config import PretrainConfig, settings_of
-from gvsl_zoo.pretrain.data import Pairs, seeded
+from gvsl_zoo.pretrain.data import Pairs
 from gvsl_zoo.pretrain.objective import Batch, Pretraining, make_batch
 from gvsl_zoo.zoo import build
 
@@ -359,6 +359,14 @@ def test_parameter_groups_hold_every_parameter_once_and_learn_slower_towards_the
     assert [group["lr"] for group in groups] == [1e-3 * 0.5**k for k in range(8, -1, -1)]
 
 
+@pytest.mark.parametrize("last", range(9))
+def test_parameter_groups_up_to_a_level_hold_what_gets_a_gradient_from_it(last):
+    features = FeatureList(xmorpher(2), (last,))
+    features(noise(1, 1, 64, 64))[0].square().sum().backward()
+    grouped = {id(p) for group in features.parameter_groups(1e-3) for p in group["params"]}
+    assert grouped == {id(p) for p in features.parameters() if p.grad is not None}
+
+
 @pytest.mark.parametrize("cross", [False, True])
 def test_checkpointing_changes_no_gradient_whatever_paths_are_dropped(cross):
     x, gradients = noise(2, 1, 16, 20, 24), []
@@ -477,6 +485,12 @@ def test_exported_is_the_same_on_odd_sizes(size):
         close(torch.export.export(model, (x,)).module()(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore")  # the tracer's
+def test_a_trace_is_the_same_as_what_was_traced():
+    model, x = xmorpher(2), noise(1, 1, 19, 33)
+    close(torch.jit.trace(model, x)(x), model(x))
+
+
 @pytest.mark.gpu
 def test_the_device_is_that_of_the_tensor():
     model, x = xmorpher(), noise(2, 1, 21, 32, 19)
@@ -502,7 +516,7 @@ def test_every_parameter_gets_a_gradient(size, cross, bf16):
     model, (fixed, moving) = gvsl(len(size)), noise(2, 1, 1, *size)
     config = PretrainConfig(1, **TINY, ndim=len(size), crop=size, bf16=bf16)
     batch = Batch(fixed, fixed, moving, fixed[:, :0], fixed[:, :0], cross)
-    sum(Pretraining(model, config)(batch, seeded("cpu", 0)).values()).backward()
+    sum(Pretraining(model, config)(batch).values()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0, name

@@ -33,7 +33,7 @@ from gvsl_zoo.proof import prove
 from gvsl_zoo.registry import Label, model_info, register_registry
 from gvsl_zoo.volume import Volume, write_volume
 from gvsl_zoo.weights import METADATA_KEY, open_weights, write_weights
-from gvsl_zoo.zoo import HEADED, build, load, preprocessing, save_pretrained
+from gvsl_zoo.zoo import HEADED, build, from_pretrained, load, preprocessing, save_pretrained
 
 NANO = "gvsl-unet-ct-nano"
 WIDTH = model_info(NANO).config["width"]
@@ -274,8 +274,10 @@ def test_a_new_head_replaces_the_old_one_only(task):
         model.reset_head(2, generator=torch.Generator().manual_seed(seed))
         heads.append(model.head.weight.detach().clone())
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[1], heads[2])
-    with pytest.raises(ArgumentError, match="num_classes=0; give at least 1"):
-        model.reset_head(0)
+    for wrong, remedy in ((0, "give at least 1"), (3.0, "give a whole number"), (None, "give a whole number")):
+        with pytest.raises(ArgumentError, match=f"num_classes={wrong}; {remedy}"):
+            model.reset_head(wrong)
+        assert model.num_classes == 2 and len(model.head.weight) == 2
 
 
 @pytest.mark.parametrize("name", ["backbone", "segmentation", "classification"])
@@ -287,6 +289,22 @@ def test_parameter_groups_hold_every_parameter_once(name):
     rates = [group["lr"] for group in groups]
     assert rates == sorted(rates) and rates[-1] == 1e-3 and len(set(rates)) == len(rates)
     assert {group["lr"] for group in model.parameter_groups(1e-3)} == {1e-3}
+
+
+@pytest.mark.parametrize("name", ["segmentation", "classification", "registration"])
+def test_a_whole_model_is_frozen_checkpointed_and_grouped_as_its_backbone(name):
+    model, runs = load(NANO, **TASKS[name]), []
+    assert model.freeze().train() is model and not model.backbone.training
+    heads = {id(p) for p in model.parameters() if p.requires_grad}
+    assert heads and heads == {id(p) for group in model.parameter_groups(1e-3) for p in group["params"]}
+    assert model.unfreeze().train() is model and model.backbone.training
+    *levels, head = model.parameter_groups(1e-3, 0.5)
+    assert {id(p) for p in head["params"]} == heads and [g["lr"] for g in (levels[-1], head)] == [5e-4, 1e-3]
+    model.backbone.down2.register_forward_pre_hook(lambda *_: runs.append(1))
+    model.set_grad_checkpointing()
+    found = model(*[noise(1, 1, 16, 16, 16)] * (2 if name == "registration" else 1))
+    (found.warped if name == "registration" else found).sum().backward()
+    assert len(runs) == 2
 
 
 def test_a_classification_learns_at_the_same_rates_whether_or_not_its_backbone_has_a_decoder():
@@ -568,6 +586,21 @@ def test_a_model_of_three_channels_loads_back_as_it_was_saved(tmp_path):
     path = save_pretrained(model, tmp_path)
     assert all(map(torch.equal, outputs(load(path, in_chans=3), x), outputs(model, x)))
     assert all(map(torch.equal, outputs(load(path), x), outputs(model, x)))
+    assert [check.verdict for check in verify(str(path))] == ["PASS"]
+
+
+@pytest.mark.parametrize("chans", [1, 2])
+def test_only_one_channel_is_spread_over_others(chans, tmp_path):
+    path = save_pretrained(load(NANO, in_chans=3), tmp_path)
+    with pytest.raises(ArgumentError, match=f"in_chans={chans} of weights for 3 input channels; leave in_chans out"):
+        load(path, in_chans=chans)
+    assert load(path, in_chans=chans, pretrained=False).in_chans == chans
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "float16", torch.float8_e4m3fn, None], ids=str)
+def test_a_dtype_that_no_file_holds_is_refused(dtype, tmp_path):
+    with pytest.raises(ArgumentError, match=r"dtype .*; parameters are floating-point numbers"):
+        save_pretrained(load(NANO), tmp_path / "x", dtype=dtype)
 
 
 def test_a_path_object_is_a_path_whatever_its_name(tmp_path, monkeypatch):
@@ -675,6 +708,102 @@ def test_weights_that_load_would_refuse_do_not_replace_good_ones(value, tmp_path
     assert path.read_bytes() == good
 
 
+def with_config(**changes):
+    """The nano backbone's file with another config in its entry."""
+    path = save_pretrained(load(NANO), Path("changed"))
+    file = open_weights(path)
+    entry = json.loads(file.metadata[METADATA_KEY])
+    entry["config"] |= changes.pop("config", {})
+    write_weights({n: file.tensor(n) for n in file.slots}, path, {METADATA_KEY: json.dumps(entry | changes)})
+    return path
+
+
+UNKNOWN = r"no unet can be made with the config .*; upgrade gvsl-zoo if a newer version wrote the file"
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"depth": 5}, UNKNOWN),
+        ({"width": "8"}, "width='8'"),
+        ({"width": 8.0}, r"width=8\.0"),
+        ({"width": 8 * 10**12}, UNKNOWN),
+        ({"device": "cpu"}, UNKNOWN),
+        ({"decoder": False}, UNKNOWN),
+        ({"in_chans": "a"}, "in_chans='a'"),
+    ],
+    ids=str,
+)
+def test_a_file_whose_config_this_version_does_not_know_is_refused(config, match, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = with_config(config=config)
+    with pytest.raises((WeightsError, ArgumentError), match=match):
+        load(path)
+    assert [check.verdict for check in verify(str(path))] == ["FAIL"]
+
+
+def test_an_entry_with_a_field_of_a_newer_version_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WeightsError, match=r"unknown field 'depth'; known are .*; upgrade gvsl-zoo if"):
+        load(with_config(depth=5))
+
+
+def parametrised():
+    model = load(NANO)
+    nn.utils.parametrizations.weight_norm(model.inc.double_conv[0])
+    return model
+
+
+def with_more():
+    model = load(NANO)
+    model.extra = nn.Linear(2, 2)
+    return model
+
+
+def of_another_width():
+    model = UNet(width=16)
+    model.entry = model_info(NANO)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (
+            parametrised,
+            r"in inc\.double_conv\.0\.parametrizations\..* it is not what .* take out what was added",
+        ),
+        (with_more, r"in extra\.bias, extra\.weight it is not what the config .* makes; take out what was added"),
+        (of_another_width, r"and \d+ more it is not what the config .*, or give entry= with the model's own config"),
+        (
+            lambda: nn.DataParallel(load(NANO)),
+            r"a DataParallel .*cannot be saved; save the model inside: model\.module",
+        ),
+        (lambda: torch.compile(load(NANO)), r"cannot be saved; save the model inside: model\._orig_mod"),
+    ],
+    ids=["parametrised", "more", "width", "parallel", "compiled"],
+)
+def test_a_model_that_could_not_be_loaded_again_is_not_saved(make, match, tmp_path):
+    with pytest.raises(ArgumentError, match=match):
+        save_pretrained(make(), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "config.json", "preprocessor_config.json"])
+def test_files_of_ones_own_are_not_replaced(name, tmp_path):
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(ArgumentError, match=rf"holds files of other origin: {name}; choose another folder"):
+        save_pretrained(load(NANO), tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == [name]
+    assert (tmp_path / name).read_text() == '{"mine": 1}'
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert save_pretrained(load(NANO), "~/saved") == tmp_path / "saved" / "model.safetensors"
+    assert same_state(load("~/saved"), from_pretrained("~/saved"))
+
+
 # --- What is refused -------------------------------------------------------------------------------------------
 
 
@@ -723,6 +852,16 @@ def test_weights_that_load_would_refuse_do_not_replace_good_ones(value, tmp_path
             "cannot serve task 'pretraining'",
         ),
         ("./nothing", {}, WeightsError, "nothing cannot be read: No such file"),
+        ("a/" + "b" * 5000, {}, WeightsError, "cannot be read: File name too long"),
+        (NANO, {"dtype": "float16"}, ArgumentError, "dtype 'float16'; .*give torch's float32, float16 or bfloat16"),
+        (NANO, {"in_chans": "3"}, ArgumentError, "in_chans='3'; give a whole number"),
+        (NANO, {"in_chans": 2.5}, ArgumentError, r"in_chans=2\.5; give a whole number"),
+        (
+            NANO,
+            {"task": "segmentation", "num_classes": 2.0},
+            ArgumentError,
+            r"num_classes=2\.0; give",
+        ),
         ("nothing.safetensors", {}, WeightsError, "nothing.safetensors cannot be read: No such file"),
     ],
     ids=str,
@@ -811,7 +950,7 @@ def test_parameters_are_floating_point_numbers():
 
 
 def test_a_fraction_of_a_class_is_refused():
-    with pytest.raises(ArgumentError, match=r"num_classes=2\.5; give at least 1, a whole number"):
+    with pytest.raises(ArgumentError, match=r"num_classes=2\.5; give a whole number"):
         load("gvsl-unet-ct-nano", task="segmentation", num_classes=2.5)
 
 

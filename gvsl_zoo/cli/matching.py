@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import signal
+import threading
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ..errors import ArgumentError
 from .common import check_ending, load_for_registration, main, progress_bar, show, with_json, with_model
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..transforms import Grid
+    from ..volume import Volume
 
 
 @main.command("register")
@@ -58,7 +68,7 @@ def register_command(
 
     Films are .png or DICOM pictures, and want a 2D model.
     """
-    from ..film import is_film, on_film, read_for, read_scan, write_film
+    from ..film import FilmPreprocessing, is_film, on_film, read_for, read_scan, write_film
     from ..inference.features import recipe_of
     from ..inference.register import register
     from ..report import registration_picture
@@ -81,7 +91,11 @@ def register_command(
     outputs = (warped_out, transform_out, affine_out, save_inverse, jacobian_out, labels_out, picture)
     check_outputs(outputs, (fixed, moving, fixed_mask, moving_mask, moving_labels), overwrite)
     model = load_for_registration(name, device)
-    still, moved = (read_for(path, recipe_of(model)) for path in (fixed, moving))
+    recipe = recipe_of(model)
+    still, moved = (read_for(path, recipe) for path in (fixed, moving))
+    grid, back = Grid.of(still), Grid.of(moved)
+    check_directions(transform_out, grid)
+    check_directions(save_inverse, back)
     labels = read_scan(moving_labels) if moving_labels else None
     labels = on_film(labels, moved) if labels and is_film(moving) else labels
     with progress_bar("register") as progress:
@@ -95,7 +109,6 @@ def register_command(
             precision=precision,
             progress=progress,
         )
-    grid = Grid.of(still)
     if warped_out:
         write_film(found.warped, warped_out, like=moved.data.dtype, overwrite=overwrite)
     if transform_out:
@@ -103,7 +116,7 @@ def register_command(
     if affine_out:
         write_transform(found.affine, affine_out, overwrite=overwrite)
     if save_inverse:
-        inverse = to_displacement(found.displacement_mm.inverse(), Grid.of(moved))
+        inverse = to_displacement(found.displacement_mm.inverse(), back)
         write_transform(inverse, save_inverse, overwrite=overwrite)
     if jacobian_out:
         write_volume(found.jacobian, jacobian_out, overwrite=overwrite)
@@ -111,8 +124,24 @@ def register_command(
         carried = warp_volume(labels, found.displacement_mm, grid, nearest=True)
         write_film(carried, labels_out, like=labels.data.dtype, overwrite=overwrite)
     if picture:
-        registration_picture(still, moved, found, picture, title=f"{moving.name} on {fixed.name}")
+        film, title = isinstance(recipe, FilmPreprocessing), f"{moving.name} on {fixed.name}"
+        registration_picture(still, moved, found, picture, film=film, title=title)
     show(found.report | {"outputs": [str(path) for path in outputs if path]}, as_json)
+
+
+def check_directions(path: Path | None, grid: Grid) -> None:
+    """Refuse a displacement on a sheared grid for NIfTI, which ITK takes to have axes at right angles; None is no file.
+
+    The limit is a hundredth of a voxel over the whole grid, or less.
+    """
+    import numpy as np
+
+    directions = grid.affine[:3, :3] / grid.spacing_mm
+    slant = np.abs(directions.T @ directions - np.eye(3)).max()
+    sheared = slant * np.max(np.multiply(grid.shape, grid.spacing_mm)) > 0.01 * min(grid.spacing_mm)
+    if path and path.suffix != ".h5" and sheared:
+        cause = f"the output {path.name!r} has no place for the grid of a sheared scan"
+        raise ArgumentError(cause, "end it in .h5, or resample the scan on axes at right angles")
 
 
 @main.command("warp")
@@ -226,8 +255,9 @@ def correspond_command(
     as_json: bool,
 ) -> None:
     """Find points of one scan or film in another, each with a confidence in [0, 1]."""
-    from ..film import is_film
+    from ..film import FilmPreprocessing, is_film, read_for
     from ..inference.correspond import Matcher, match_table, parse_points
+    from ..inference.features import recipe_of
     from ..transforms import read_points, read_transform, write_points
     from ..volume import check_outputs, write_volume
     from ..zoo import load
@@ -241,11 +271,14 @@ def correspond_command(
     inputs = (fixed, moving, points, transform)
     check_outputs([output], inputs, overwrite)
     model, start = load(name, device=device), read_transform(transform) if transform else None
+    recipe = recipe_of(model)
+    still = read_for(fixed, recipe)
+    check_points(table.points_mm, still, film=isinstance(recipe, FilmPreprocessing))
     if heat:
         heat.mkdir(parents=True, exist_ok=True)  # not for a call that ends before
         check_outputs(maps, inputs, overwrite)
     with progress_bar("features") as progress:
-        matcher = Matcher(fixed, moving, model, start=start, precision=precision, progress=progress)
+        matcher = Matcher(still, moving, model, start=start, precision=precision, progress=progress)
     found = matcher.match(table.points_mm)
     matches = match_table(table, found)
     if output:
@@ -260,6 +293,25 @@ def correspond_command(
     for number, match in enumerate(found.to_list(lps=lps), 1):
         place = ", ".join(f"{value:.1f}" for value in match["match_mm"]) + " mm" if match["match_mm"] else "no match"
         click.echo(f"{number:>4}  {place}  confidence {match['confidence']:.2f}")
+
+
+def check_points(points_mm: np.ndarray, fixed: Volume, *, film: bool) -> None:
+    """Refuse points (N, 3) that are not finite, or none of which lies in the fixed scan; a film's have no depth."""
+    import numpy as np
+
+    from ..transforms import Grid
+
+    if not np.isfinite(points_mm).all():
+        raise ArgumentError("a point that is not finite", "give its millimetres in numbers")
+    grid = Grid.of(fixed)
+    index = grid.index(points_mm)
+    if film:
+        index[:, 2] = 0
+    if len(index) and not grid.contains(index).any():
+        corners = np.array(list(itertools.product(*((0, n - 1) for n in grid.shape))))
+        corners = corners @ grid.affine[:3, :3].T + grid.affine[:3, 3]
+        spans = ", ".join(f"{a:.0f} to {b:.0f}" for a, b in zip(corners.min(0), corners.max(0), strict=True))
+        raise ArgumentError("no point lies in the fixed scan", f"it spans {spans} mm along x, y, z (RAS+)")
 
 
 @main.command("view")
@@ -294,8 +346,8 @@ def view_command(
     from ..inference.register import REFINING_STEPS, register
     from ..transforms import Grid, read_transform, warp_volume
     from ..view.pair import Pair
-    from ..view.server import PageServer, page_files
-    from ..volume import read_volume
+    from ..view.server import PageServer
+    from ..volume import check_grid, read_volume
     from ..zoo import load
 
     if films := [path.name for path in (fixed, moving) if is_film(path)]:
@@ -303,26 +355,35 @@ def view_command(
         raise ArgumentError(f"the page shows volumes, not the film {films[0]!r}", remedy)
     if transform and registered:
         raise ArgumentError("--transform with --register", "give one of the two")
-    page_files()  # before long work
-    still, moved = read_volume(fixed), read_volume(moving)
-    laid = read_volume(warped) if warped else None
-    start = read_transform(transform) if transform else None
-    if registered:
-        heads = load_for_registration(name, device)
-        with progress_bar("register") as progress:
-            start = register(moved, still, heads, refine=REFINING_STEPS, progress=progress).displacement_mm
-    if start and not laid:
-        laid = warp_volume(moved, start, Grid.of(still))
-    with progress_bar("features") as progress:
-        matcher = Matcher(still, moved, load(name, device=device), start=start, progress=progress)
-    names = {"fixed": fixed.name, "moving": moving.name, "model": name}
-    with tempfile.TemporaryDirectory(prefix="gvsl-zoo-view-") as folder:
-        pair = Pair(still, moved, matcher, Path(folder), warped=laid, names=names)
-        with PageServer(pair, port) as server:
+    with PageServer(port) as server, tempfile.TemporaryDirectory(prefix="gvsl-zoo-view-") as folder:
+        end_as_ctrl_c_does()
+        still, moved = read_volume(fixed), read_volume(moving)
+        laid = read_volume(warped) if warped else None
+        if laid:
+            check_grid(laid, "the warped scan", still, "the fixed scan")
+        start = read_transform(transform) if transform else None
+        if registered:
+            heads = load_for_registration(name, device)
+            with progress_bar("register") as progress:
+                start = register(moved, still, heads, refine=REFINING_STEPS, progress=progress).displacement_mm
+        if start and not laid:
+            laid = warp_volume(moved, start, Grid.of(still))
+        with progress_bar("features") as progress:
+            matcher = Matcher(still, moved, load(name, device=device), start=start, progress=progress)
+        names = {"fixed": fixed.name, "moving": moving.name, "model": name}
+        server.pair = Pair(still, moved, matcher, Path(folder), warped=laid, names=names)
+        try:
             click.echo(f"open {server.url}  (Ctrl-C ends)")
-            if opened:
-                webbrowser.open(server.url)
-            try:
-                server.serve_forever()
-            except KeyboardInterrupt:
-                click.echo("ended", err=True)
+            if opened:  # in a thread: a browser in this terminal would keep the server from answering it
+                threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
+            server.serve_forever()
+        except KeyboardInterrupt:
+            click.echo("ended", err=True)
+
+
+def end_as_ctrl_c_does() -> None:
+    """Let the other signals that end a command leave no scans behind, where nobody (nohup) has set them aside."""
+    for name in ("SIGTERM", "SIGHUP"):  # Windows lacks the second
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)

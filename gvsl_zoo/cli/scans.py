@@ -123,7 +123,7 @@ def segment_command(
     """Segment a scan, or every scan below a folder, with a fine-tuned model; or from labelled scans, without training:
     by the model's features (--support) or by registration (--atlas).
     """
-    from ..film import FilmPreprocessing, read_scan
+    from ..film import FilmPreprocessing, own_plane, read_scan
     from ..inference import segment as room
     from ..inference.atlas import segment_by_atlas
     from ..inference.features import recipe_of
@@ -150,7 +150,8 @@ def segment_command(
         if not atlases:
             room.check_record(output, overwrite)
     backbone = load(name, device=device)
-    if labelled and isinstance(recipe_of(backbone), FilmPreprocessing):
+    film = isinstance(recipe_of(backbone), FilmPreprocessing)
+    if labelled and film:
         remedy = "choose a 3D model, or fine-tune this one: gvsl-zoo finetune"
         raise ArgumentError("labels are carried over between volumes, and this is a model of films", remedy)
     if supports:
@@ -176,13 +177,10 @@ def segment_command(
             job = room.Job(scans, output)
             records = [room.segment_file(job, model, overwrite=overwrite, progress=progress, **settings)]
     if picture:
-        labels_picture(
-            read_scan(scans[0]),
-            (shown := read_volume(output)),
-            room.comment_labels(shown),
-            picture,
-            title=f"{scans[0].name}, {name}",
-        )
+        shown, laid = read_scan(scans[0]), read_volume(output)
+        shown, laid = (own_plane(shown), own_plane(laid)) if film else (shown, laid)
+        title = f"{scans[0].name}, {name}"
+        labels_picture(shown, laid, room.comment_labels(laid), picture, film=film, title=title)
     if as_json:
         click.echo(json.dumps(records if folder else records[0], indent=2))
     for record in () if as_json else records:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -112,7 +111,7 @@ def pretrain_command(
     """
     from ..memory import keep_freed_memory
     from ..pretrain.config import settings_of
-    from ..pretrain.data import open_data
+    from ..pretrain.data import is_first, open_data
     from ..pretrain.estimate import estimate
     from ..pretrain.loop import pretrain
     from ..pretrain.run import finished
@@ -169,10 +168,11 @@ def finetune_command(
 
     The run's folder is a model: load(OUT, task=TASK). Label files say 0 where there is background.
     """
+    from ..pretrain.data import is_first
     from ..pretrain.run import finished
     from ..transfer.cases import read_cases
     from ..transfer.config import settings_of
-    from ..transfer.finetune import best_record, finetune
+    from ..transfer.finetune import best_record, finetune, read_log
 
     config = settings_of(steps, named, others)
     if (out / "checkpoints").exists() and not resume:
@@ -181,12 +181,7 @@ def finetune_command(
     with training_bar(config.steps) as progress:
         finetune(cases, config, out, device=device, workers=workers, progress=progress)
     if is_first():
-        show(finished(out) | best_record(out, config), as_json)
-
-
-def is_first() -> bool:
-    """Whether this process is the one that prints facts, of those that a launcher such as torchrun started together."""
-    return os.environ.get("RANK", "0") == "0"
+        show(finished(out) | best_record(read_log(out), config), as_json)
 
 
 @contextmanager
@@ -304,7 +299,7 @@ def bench_command(
         out,
         counts=[int(count) for count in counts.split(",")] if counts else None,
         seeds=seeds,
-        modes=modes.split(","),
+        modes=[mode.strip() for mode in modes.split(",")],
         device=device,
         allow_overlap=allow_overlap,
         say=lambda line: click.echo(line, err=True),
@@ -346,6 +341,7 @@ def reproduce_command(
 
     from .. import recipes
     from ..memory import keep_freed_memory
+    from ..pretrain.data import is_first
     from ..pretrain.run import finished
 
     keep_freed_memory()
@@ -384,7 +380,10 @@ def parse_labels(text: str | None) -> dict[str, int] | None:
     """`liver=1,heart=2` as values by name."""
     if text is None:
         return None
-    pairs = [part.partition("=") for part in text.split(",")]
-    if not all(name.strip() and value.strip().isdecimal() for name, _, value in pairs):
+    pairs = [[word.strip() for word in part.split("=")] for part in text.split(",")]
+    if not all(len(pair) == 2 and pair[0] and pair[1].isdecimal() for pair in pairs):
         raise ArgumentError(f"--labels {text!r}", "write NAME=VALUE,NAME=VALUE, with the values of the label files")
-    return {name.strip(): int(value) for name, _, value in pairs}
+    named = {name: int(value) for name, value in pairs}
+    if len(named) < len(pairs):
+        raise ArgumentError(f"--labels {text!r} gives a name twice", "give each of them one value")
+    return named

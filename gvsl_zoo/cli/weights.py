@@ -156,7 +156,10 @@ def import_command(bundle: Path, cache_dir: Path | None, as_json: bool) -> None:
 @click.option("--message", help="Of the commit.")
 @with_json
 def push_command(name: str, repo: str, private: bool, branch: str | None, message: str | None, as_json: bool) -> None:
-    """Put the model NAME (or a path) into the repository REPO (org/repo) of the Hub, with its card."""
+    """Put the model NAME (or a path) into the repository REPO (org/repo) of the Hub, with its card.
+
+    From a folder go its own README.md, LICENSE and pictures.
+    """
     from dataclasses import asdict
 
     import torch
@@ -170,7 +173,11 @@ def push_command(name: str, repo: str, private: bool, branch: str | None, messag
         check_publishable(model_info(name))  # before it is downloaded
     model = load(name, task=widest_task(load(name).entry))  # type: ignore[arg-type]
     stored = getattr(torch, str(model.load_report.stored_dtype), torch.float32)  # type: ignore[union-attr]
-    report = push_to_hub(model, repo, private=private, branch=branch, commit_message=message, dtype=stored)
+    path = Path(name).expanduser() if is_path(name) else None
+    beside = path if path and path.is_dir() else None
+    report = push_to_hub(
+        model, repo, private=private, branch=branch, commit_message=message, dtype=stored, beside=beside
+    )
     if as_json:
         show(asdict(report), True)
     else:

@@ -47,8 +47,8 @@ class Correspondence:
 
     points_mm: (N, 3) float64, world (x, y, z) of the other scan, in RAS+ millimetres; NaN for a point outside its own
         scan, or whose match would lie outside the other one.
-    confidence: (N,) in [0, 1]: max(0, similarity) * exp(-(return_mm / (2 voxels))^2 / 2), the voxels being those of the
-        model's grid; 0 where there is no match.
+    confidence: (N,) in [0, 1]: similarity, at least 0, times exp(-(return_mm / (2 voxels))^2 / 2), the voxels being
+        those of the model's grid; 0 where there is no match.
     similarity: (N,) mean over the feature levels of the cosine similarity of point and match; NaN without a match.
     return_mm: (N,) how far from the point the match of its match lies, 0 for mutual nearest neighbours; NaN likewise.
     heat: when asked for, how alike each point is to every place of the other scan, on the grid of that scan, float32
@@ -185,7 +185,7 @@ class Matcher:
             found[rows], similarity[rows] = target.together.inverse()(matched), alike[seen]
             return_mm[rows] = np.linalg.norm(source.together.inverse()(returned) - points[rows], axis=1)
         voxel_mm = float(np.mean(source.prepared.spacing_mm[-source.body.ndim :]))
-        confidence = np.maximum(0, similarity) * np.exp(-np.square(return_mm / (RETURN_VOXELS * voxel_mm)) / 2)
+        confidence = np.clip(similarity, 0, 1) * np.exp(-np.square(return_mm / (RETURN_VOXELS * voxel_mm)) / 2)
         maps: tuple[Volume | None, ...] = ()
         if heat:
             maps = tuple(self.heat(p, back=back) if ok else None for p, ok in zip(points, inside, strict=True))

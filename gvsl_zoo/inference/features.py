@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, VolumeError
-from ..film import FilmPreprocessing, on_film, prepare_scan, read_for
+from ..film import FilmPreprocessing, on_film, own_plane, prepare_scan, read_for
 from ..models.backbone import Backbone, pad_to_multiple
-from ..volume import MAX_BYTES, Prepared, Preprocessing, Volume, prepare
+from ..volume import MAX_BYTES, Prepared, Preprocessing, Volume, check_grid, prepare
 from ..weights import write_whole
 from .sliding import Progress, Windows, device_of, evaluate, ready_copy, sliding_slabs
 
@@ -290,12 +290,9 @@ def mask_on_grid(
     """
     mask, source = read_for(mask, recipe or Preprocessing()), prepared.source
     if isinstance(recipe, FilmPreprocessing):
-        mask = on_film(mask, source)
-    if mask.data.shape != source.shape or not np.allclose(mask.affine, source.affine, atol=1e-3):
-        raise VolumeError(
-            f"the mask's grid, {mask.data.shape}, is not the scan's, {source.shape}, or lies elsewhere",
-            "resample the mask onto the scan's grid (same shape and affine) first",
-        )
+        mask = own_plane(on_film(mask, source))
+    else:
+        check_grid(mask, "the mask", source, "the scan")
     data = (mask.data > 0).astype(np.uint8)
     if not data.any():
         raise VolumeError("the mask has no voxel above 0", "give another mask, or none for the whole body")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import time
 from dataclasses import dataclass, replace
@@ -35,6 +36,9 @@ from .refine import Images, Progress, fit, fit_affine
 from .sliding import device_of, evaluate, ready_copy
 
 MAX_VOXELS = 176**3  # of the grid that is matched on; larger scans are matched at a coarser spacing
+# Chosen with the embedded CT model on pairs of the chests that its training saw.
+PASSES = 4  # of the matching heads at most, where no fit follows
+SMOOTHING = 1.25  # voxels, of their displacement
 REFINING_STEPS = 90  # where nothing is said and a model has no matching heads
 SMALLEST_OVERLAP = 0.05  # of the fixed scan that the moving one must cover, once both are laid over each other
 SEARCH_VOXELS = 24  # of the coarse grid along its longest axis, on which shifts are tried
@@ -82,9 +86,10 @@ def register(
     """Register two scans of any grids, spacings, orientations and fields of view, or two films of any size.
 
     First the shift between the scans is sought, from the headers and from the bodies' centres; with `refine`, also
-    the affine map for which the features vote. Then the model's matching heads answer in one pass; an answer that
-    correlates worse than none is not taken. Last, with `refine`, affine and displacement are fitted to this pair, to
-    the images and to the features of the model. Films are at first laid frame on frame: see `film.lay_frames`.
+    the affine map for which the features vote. Then the model's matching heads answer: in one pass where a fit
+    follows, else in up to four, each of what the last has brought nearer; an answer that correlates worse than none is
+    not taken. Last, with `refine`, affine and displacement are fitted to this pair, to the images and to the features
+    of the model. Films are at first laid frame on frame: see `film.lay_frames`.
 
     Args:
         moving, fixed: scans of one channel, or paths; for a 2D model films.
@@ -153,9 +158,9 @@ def register(
     displacement = torch.zeros(1, ndim, *target.shape[2:])
     answer = "the scans laid over each other"
     if isinstance(model, WholeModule):
-        found_affine, found = match(model, target, image, counted, precision)
-        if correlation(moved(image, found), target, counted) > at_start:
-            affine, displacement, answer = found_affine, found, "the model's matching heads"
+        found = answered(model, target, image, counted, precision, 1 if steps else PASSES)
+        if found:
+            (affine, displacement), answer = found, "the model's matching heads"
     if described:
         images = Images(target, image, common_features(*described, start), (counted, inside))
         fitted_affine, fitted = fit(images, steps, displacement, progress)
@@ -185,6 +190,42 @@ def register(
     }
     linear = affine_from_voxels(affine, on_fixed)
     return Registration(warped, merged, Affine(start.matrix @ linear.matrix), volume_change, report)
+
+
+def answered(
+    model: WholeModule, fixed: Tensor, moving: Tensor, mask: Tensor, precision: str, passes: int = PASSES
+) -> tuple[Tensor, Tensor] | None:
+    """What the matching heads answer, and answer again of what they have brought nearer, as long as it correlates more.
+
+    The displacement is smoothed after every pass: that unfolds most of what folds, and costs next to no overlap.
+
+    Returns: affine of the first pass and the whole displacement, as of `match`; None where no pass correlates more.
+    """
+    affine = None
+    displacement = torch.zeros(1, fixed.ndim - 2, *fixed.shape[2:])
+    best = correlation(moving, fixed, mask)
+    for _ in range(passes):
+        found_affine, found = match(model, fixed, moved(moving, displacement), mask, precision)
+        further = smoothed(found + moved(displacement, found))
+        score = correlation(moved(moving, further), fixed, mask)
+        if not score > best:
+            break
+        best, displacement, affine = score, further, found_affine if affine is None else affine
+    return None if affine is None else (affine, displacement)
+
+
+def smoothed(displacement: Tensor) -> Tensor:
+    """A displacement (1, n, *shape) under a Gaussian, its border going on outside."""
+    reach = math.ceil(3 * SMOOTHING)
+    offsets = torch.arange(-reach, reach + 1)
+    weights = (-offsets.square() / (2 * SMOOTHING**2)).softmax(0)
+    for axis, size in enumerate(displacement.shape[2:], 2):
+        places = (offsets[:, None] + torch.arange(size)).clamp(0, size - 1)
+        total = torch.zeros_like(displacement)
+        for weight, place in zip(weights.tolist(), places, strict=True):
+            total.add_(displacement.index_select(axis, place), alpha=weight)
+        displacement = total
+    return displacement
 
 
 def match(model: WholeModule, fixed: Tensor, moving: Tensor, mask: Tensor, precision: str) -> tuple[Tensor, Tensor]:

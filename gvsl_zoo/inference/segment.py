@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from ..cluster import connect
-from ..errors import ArgumentError, GvslZooError, VolumeError, listed
+from ..errors import ArgumentError, GvslZooError, listed
 from ..registry import Label
-from ..volume import Prepared, Volume, check_output, check_outputs, dicom_files, write_volume
+from ..volume import Prepared, Volume, check_grid, check_output, check_outputs, dicom_files, write_volume
 from ..weights import write_whole
 from .features import body_level, channels_of, default_window, for_volumes, prepare_for, repeated
 from .sliding import Progress, device_of, ready_copy, sliding_slabs
 
 SUFFIXES = (".nii.gz", ".nii")
+ENDING = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 CHANNEL = re.compile(r"_(\d{4})$")  # nnU-Net: NAME_0000.nii.gz is channel 0 of the scan NAME
 Scan = Volume | str | os.PathLike[str]
 
@@ -108,11 +109,8 @@ def prepare_channels(volume: Scan | Sequence[Scan], model: nn.Module) -> Prepare
         raise ArgumentError(f"{len(scans)} scans for a model of {wanted} channels", "give one scan a channel, in order")
     channels = [prepare_for(scan, model) for scan in scans]
     first = channels[0]
-    for other in channels[1:]:
-        if other.source.shape != first.source.shape or not np.allclose(
-            other.source.affine, first.source.affine, atol=1e-3
-        ):
-            raise VolumeError("the channels of a scan lie on different grids", "resample them onto one grid first")
+    for number, other in enumerate(channels[1:], 1):
+        check_grid(other.source, f"channel {number}", first.source, "channel 0")
     return replace(first, image=repeated(torch.cat([c.image for c in channels], 1), model))
 
 
@@ -248,8 +246,8 @@ def segment_folder(
 def find_scans(folder: Path, output: Path, channels: int = 1) -> list[Job]:
     """Every .nii, .nii.gz and DICOM series (a folder of its own) below a folder, and its place below `output`.
 
-    What lies in `output` and what begins with a dot is left out. For a model of several channels NAME_0000.nii.gz,
-    NAME_0001.nii.gz, ... are one scan, as for nnU-Net.
+    Links to folders are followed. What lies in `output` and what begins with a dot is left out. For a model of several
+    channels NAME_0000.nii.gz, NAME_0001.nii.gz, ... are one scan, as for nnU-Net.
 
     Errors: ArgumentError when there is none, when two scans would become one label map, or for an output that is the
         folder itself.
@@ -258,11 +256,12 @@ def find_scans(folder: Path, output: Path, channels: int = 1) -> list[Job]:
     if out == folder.resolve():
         raise ArgumentError(f"{str(output)!r} is the folder of the scans", "give the label maps another folder")
     found: dict[Path, list[Path]] = {}
-    for root, folders, names in os.walk(folder):
+    for root, folders, names in os.walk(folder, followlinks=True):
         here = Path(root)
-        folders[:] = sorted(name for name in folders if name[0] != "." and (here / name).resolve() != out)
-        scans = [here / name for name in sorted(names) if name[0] != "." and name.endswith(SUFFIXES)]
-        for scan in [here] if here != folder and dicom_files(here) else scans:
+        closed = {out, *(place.resolve() for place in (here, *here.parents))}  # a link back would have no end
+        folders[:] = sorted(name for name in folders if name[0] != "." and (here / name).resolve() not in closed)
+        scans = [here / name for name in sorted(names) if name[0] != "." and name.lower().endswith(SUFFIXES)]
+        for scan in [here, *scans] if here != folder and dicom_files(here) else scans:
             stem = _stem(output / scan.relative_to(folder), "")
             name = CHANNEL.sub("", stem.name) if channels > 1 else stem.name
             found.setdefault(stem.with_name(f"{name}.nii.gz"), []).append(scan)
@@ -291,7 +290,7 @@ def _check_channels(job: Job, channels: int) -> None:
 
 def _stem(path: Path, suffix: str) -> Path:
     """The path with another suffix in place of .nii or .nii.gz; other dots in the name stay."""
-    return path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + suffix)
+    return path.with_name(ENDING.sub("", path.name) + suffix)
 
 
 def _carried_out(

@@ -12,8 +12,7 @@ from ..registry import ModelEntry
 def parts_of(model: nn.Module) -> tuple[ModelEntry, Backbone]:
     """The entry and the backbone of a loaded model; ArgumentError for another module."""
     entry = getattr(model, "entry", None)
-    candidates = (model, getattr(model, "unet", None), getattr(model, "backbone", None))
-    backbone = next((part for part in candidates if isinstance(part, Backbone)), None)
-    if not isinstance(entry, ModelEntry) or backbone is None:
+    backbone = model if isinstance(model, Backbone) else getattr(model, "backbone", None)
+    if not isinstance(entry, ModelEntry) or not isinstance(backbone, Backbone):
         raise ArgumentError(f"a {type(model).__name__} is no model of the zoo", "give one that gvsl_zoo.load returned")
     return entry, backbone

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, VolumeError
+from ..errors import ArgumentError, VolumeError, needs
 from ..models.backbone import Backbone, FeatureList
 from ..models.heads import HeadedModel
 from ..volume import READ_AGAIN, InputWarning, Preprocessing
@@ -55,7 +55,9 @@ def image_transforms(model: nn.Module, image: str = "image", label: str | None =
         image, label: keys of the dictionary that hold paths; labels get the nearest voxel.
 
     Returns: a `monai.transforms.Compose`.
+    Errors: ArgumentError for a model without a recipe for volumes, GvslZooError where MONAI is not installed.
     """
+    needs("monai", "image_transforms", "monai")
     from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientationd, Spacingd
 
     recipe = getattr(model, "preprocessing", None)

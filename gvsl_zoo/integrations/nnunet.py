@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, WeightsError
+from ..errors import ArgumentError, GvslZooError, WeightsError
 from ..models.backbone import CONV, initialise
 from ..models.unet import UNet
 from ..registry import Input, ModelEntry
@@ -129,16 +129,18 @@ def write_plans(
         name: of the new plans, which lie in the same folder.
 
     Returns: the path of the new plans.
-    Errors: ArgumentError where model and plans do not fit together. Warns (InputWarning) where the data set's reader
-        leaves scans in orientations that pre-training never saw.
+    Errors: ArgumentError where model and plans do not fit together, GvslZooError for a file that cannot be written.
+        Warns (InputWarning) where the data set's reader leaves scans in orientations that pre-training never saw.
     """
     entry, backbone = _whole_unet(model)
     source = Path(plans)
+    if not name or name != Path(name).name:
+        raise ArgumentError(f"name={name!r} of the new plans", "give a file's name without a folder and an ending")
     path = source.with_name(f"{name}.json")
     if path.exists() and not overwrite:
         raise ArgumentError(f"{path} exists already", "choose another name=, or pass overwrite=True")
     try:
-        known = json.loads(source.read_text())
+        known = json.loads(source.read_text(encoding="utf-8"))
         changed = patch_plans(known, entry, backbone, name)
     except ArgumentError:
         raise
@@ -149,7 +151,10 @@ def write_plans(
         text = f"{changed['image_reader_writer']} leaves scans in their own orientation, the weights know RAS"
         remedy = f'write "overwrite_image_reader_writer": "{REORIENTING_READER}" into dataset.json and plan again'
         warnings.warn(f"{text}; {remedy}", InputWarning, stacklevel=2)
-    write_whole(path, json.dumps(changed, indent=4).encode())
+    try:
+        write_whole(path, json.dumps(changed, indent=4).encode())
+    except OSError as error:
+        raise GvslZooError(f"cannot write {path}: {error.strerror}", "copy the plans where you may write") from None
     return path
 
 

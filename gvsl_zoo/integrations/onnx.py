@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ArgumentError, WeightsError
+from ..errors import ArgumentError, WeightsError, needs
 from ..models.backbone import Backbone, FeatureList
 from ..models.gemini import GEMINI, MutualMatching, WholeModule
 from ..models.gvsl import Matching
@@ -42,7 +43,8 @@ def export_onnx(
         shape: spatial shape to fix, with a batch of one; registration needs it, and so does an XMorpher.
 
     Returns: the path, written whole or not at all.
-    Errors: ArgumentError for what cannot be exported, WeightsError for a file that cannot be written.
+    Errors: ArgumentError for what cannot be exported, WeightsError for a file that cannot be written, GvslZooError
+        where onnx or onnxscript is not installed.
     """
     entry, backbone = parts_of(model)
     path = Path(path)
@@ -56,10 +58,10 @@ def export_onnx(
         raise ArgumentError("registration computes its grid from the image's size", "give shape=(D, H, W)")
     if isinstance(backbone, XMorpher) and shape is None:
         raise ArgumentError("an XMorpher lays out its windows for one size", "give shape=, a size in voxels an axis")
-    if shape is not None and (len(shape) != backbone.ndim or min(shape) < 1):
-        raise ArgumentError(f"shape {tuple(shape)} for a {backbone.ndim}D model", "give a size in voxels an axis")
+    size = None if shape is None else _size(shape, backbone.ndim)
+    needs("export", "ONNX", "onnx", "onnxscript")
     inputs = ("fixed", "moving") if isinstance(model, WholeModule) else ("image",)
-    program = _program(model, backbone, inputs, shape)
+    program = _program(model, backbone, inputs, size)
     recipe = getattr(model, "preprocessing", None)
     program.model.metadata_props[METADATA_KEY] = json.dumps(entry.to_dict())
     program.model.metadata_props[RECIPE_KEY] = json.dumps(None if recipe is None else asdict(recipe))
@@ -70,11 +72,20 @@ def export_onnx(
     return path
 
 
-def _program(model: nn.Module, backbone: Backbone, inputs: Sequence[str], shape: Sequence[int] | None) -> Any:
+def _size(shape: Sequence[int], ndim: int) -> tuple[int, ...]:
+    try:
+        size = tuple(map(operator.index, shape))
+    except TypeError:
+        size = ()
+    if len(size) != ndim or min(size) < 1:
+        raise ArgumentError(f"shape {shape!r} for a {ndim}D model", "give a whole number of voxels an axis")
+    return size
+
+
+def _program(model: nn.Module, backbone: Backbone, inputs: Sequence[str], size: Sequence[int] | None) -> Any:
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()  # the caller's may be training, in half or on a GPU
-    size = shape or EXAMPLE[-backbone.ndim :]
-    batch = 2 if shape is None else 1
-    examples = [torch.rand(batch, backbone.in_chans, *size) for _ in inputs]  # one for two: one input
+    batch, shape = (2, EXAMPLE[-backbone.ndim :]) if size is None else (1, size)
+    examples = [torch.zeros(batch, backbone.in_chans, *shape) for _ in inputs]  # one for two: one input
     free = {0: "batch"} | {2 + i: name for i, name in enumerate(AXES[-backbone.ndim :])}
     with torch.no_grad():
         return torch.onnx.export(
@@ -82,7 +93,7 @@ def _program(model: nn.Module, backbone: Backbone, inputs: Sequence[str], shape:
             tuple(examples),
             input_names=inputs,
             output_names=output_names(model),
-            dynamic_shapes=None if shape else (free,),
+            dynamic_shapes=(free,) if size is None else None,
             opset_version=OPSET,
             custom_translation_table={torch.ops.aten.group_norm.default: _group_norm()},
             dynamo=True,

@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ArgumentError
+from ..loaded import Loaded
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Features(NamedTuple):
@@ -27,7 +31,7 @@ class Features(NamedTuple):
 class FeatureLevel:
     """One feature map: its module, channels, and how many input voxels one of its voxels spans an axis.
 
-    beside: further modules that it is the first to need.
+    beside: further modules that it is the first to need, which may lie inside another level's.
     """
 
     module: str
@@ -157,7 +161,7 @@ def crop(x: Tensor, start: Sequence[int], shape: Sequence[int]) -> Tensor:
     return x
 
 
-class Backbone(nn.Module):
+class Backbone(Loaded, nn.Module):
     """Base of the backbones. A subclass gives `levels`, `stride` and `_maps`.
 
     levels: every feature map it can return, in the order of computation; the encoder's come first.
@@ -244,17 +248,17 @@ class Backbone(nn.Module):
         return out
 
     # -- how it is trained ---------------------------------------------------------------------------------
-    def freeze(self) -> Backbone:
+    def freeze(self) -> Self:
         """Stop gradients to every parameter and keep evaluation mode, also through a later `train()`."""
         self._frozen = True
         return self.requires_grad_(False).eval()
 
-    def unfreeze(self) -> Backbone:
+    def unfreeze(self) -> Self:
         """Undo `freeze`."""
         self._frozen = False
         return self.requires_grad_(True)
 
-    def train(self, mode: bool = True) -> Backbone:
+    def train(self, mode: bool = True) -> Self:
         return super().train(mode and not self._frozen)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -268,7 +272,12 @@ class Backbone(nn.Module):
 
     def level_parameters(self, level: FeatureLevel) -> list[nn.Parameter]:
         """The parameters that a level is the first to need."""
-        return [p for name in (*level.beside, level.module) for p in self.get_submodule(name).parameters()]
+
+        def held(*modules: str) -> list[nn.Parameter]:
+            return [p for name in modules for p in self.get_submodule(name).parameters()]
+
+        others = {p for other in self.levels if other is not level for p in held(*other.beside)}
+        return [p for p in held(*level.beside, level.module) if p not in others]
 
     def parameter_groups(self, lr: float, layer_decay: float = 1.0, last: int | None = None) -> list[dict]:
         """Optimiser groups, one a level: the last level learns at `lr`, each one before at `layer_decay` of it.
@@ -307,7 +316,45 @@ def whole_numbers(indices: Sequence[int]) -> tuple[int, ...]:
         raise ArgumentError(f"feature levels {indices!r}", "give a sequence of whole numbers, such as (0, 2)") from None
 
 
-class FeatureList(nn.Module):
+def whole_number(name: str, value: int) -> int:
+    """A number of any integer type as a plain one; ArgumentError for anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ArgumentError(f"{name}={value!r}", "give a whole number") from None
+
+
+class OnBackbone(Loaded, nn.Module):
+    """Base of the models around a backbone: what they say of training is said to it."""
+
+    backbone: Backbone
+
+    def freeze(self) -> Self:
+        """Freeze the backbone, also through a later `train()`; heads still learn."""
+        self.backbone.freeze()
+        return self
+
+    def unfreeze(self) -> Self:
+        """Undo `freeze`."""
+        self.backbone.unfreeze()
+        return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """The backbone's."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    def _last_level(self) -> int:
+        """Index of the backbone's last level that the heads see."""
+        return len(self.backbone.levels) - 1
+
+    def parameter_groups(self, lr: float, layer_decay: float = 1.0) -> list[dict]:
+        """The backbone's groups with rates falling towards its input, and the heads at `lr`."""
+        backbone = set(self.backbone.parameters())
+        head = {"params": [p for p in self.parameters() if p not in backbone], "lr": lr, "name": "head"}
+        return [*self.backbone.parameter_groups(lr * layer_decay, layer_decay, self._last_level()), head]
+
+
+class FeatureList(OnBackbone):
     """A backbone whose forward pass returns a list of feature maps: what decoders of other libraries take.
 
     Levels of the backbone behind the last one asked for take no part and get no gradient, but keep `requires_grad`,
@@ -330,20 +377,6 @@ class FeatureList(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Feature maps of x (B, C, *spatial), each (B, C_i, *ceil(spatial / reduction_i))."""
         return self.backbone.forward_intermediates(x, self.out_indices)
-
-    def freeze(self) -> FeatureList:
-        """Stop gradients to every parameter and keep evaluation mode, also through a later `train()`."""
-        self.backbone.freeze()
-        return self.eval()
-
-    def unfreeze(self) -> FeatureList:
-        """Undo `freeze`."""
-        self.backbone.unfreeze()
-        return self
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """The backbone's."""
-        self.backbone.set_grad_checkpointing(enable)
 
     def parameter_groups(self, lr: float, layer_decay: float = 1.0) -> list[dict]:
         """The backbone's groups up to the last level asked for, which learns at `lr`."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..spatial import warp
-from .backbone import CONV, Backbone, Features, crop, initialise, is_released, pad_to_multiple
+from .backbone import CONV, Backbone, Features, OnBackbone, crop, initialise, is_released, pad_to_multiple
 from .gvsl import GVSL, pair_features, released_warp, restoration_head
 from .unet import CHANNELS_PER_GROUP, NEGATIVE_SLOPE, POOL, upsample
 
@@ -28,7 +28,7 @@ class MutualMatching(NamedTuple):
     displacement_ba: Tensor
 
 
-class GEMINI(nn.Module):
+class GEMINI(OnBackbone):
     """The whole pre-training module; `module(fixed, moving)` matches two images both ways, `restore` undoes damage.
 
     Args:
@@ -55,6 +55,11 @@ class GEMINI(nn.Module):
         self.res_conv = restoration_head(ndim, local, device)
         for head in (self.deformer, self.res_conv):
             initialise(head, generator)
+
+    @property
+    def backbone(self) -> Backbone:  # type: ignore[override]
+        """`unet`, by the name that it has in other models."""
+        return self.unet
 
     def deform(self, f_a: Tensor, f_b: Tensor) -> Tensor:
         """Displacement (B, n, *shape), voxels, by which image a comes to look like b; features (B, C, *shape)."""

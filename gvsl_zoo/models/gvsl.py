@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..spatial import affine_matrix, affine_warp, compose, identity_grid, warp
-from .backbone import CONV, Backbone, Features, Linear, initialise, is_released
+from .backbone import CONV, Backbone, Features, Linear, OnBackbone, initialise, is_released
 from .unet import NEGATIVE_SLOPE, DoubleConv
 
 CHANNELS_PER_RESTORATION_GROUP = 4  # of the restoration head's GroupNorm; released code
@@ -26,7 +26,7 @@ class Matching(NamedTuple):
     restored: Tensor  # fixed image without its damage, (B, 1, *shape)
 
 
-class GVSL(nn.Module):
+class GVSL(OnBackbone):
     """The whole pre-training module; `module(fixed, moving)` matches two images and restores the fixed one.
 
     Args:
@@ -70,6 +70,11 @@ class GVSL(nn.Module):
         for output in (self.fc_rot, self.fc_scl, self.fc_trans, self.fc_shear, self.out_flow):
             nn.init.normal_(output.weight, std=IDENTITY_SD, generator=generator)
             nn.init.zeros_(output.bias)  # type: ignore[arg-type]
+
+    @property
+    def backbone(self) -> Backbone:  # type: ignore[override]
+        """`unet`, by the name that it has in other models."""
+        return self.unet
 
     def affine_parameters(self, fixed: Tensor, moving: Tensor) -> Tensor:
         """Raw affine numbers, (B, 15) or (B, 7) in 2D, from the two bottlenecks (B, C, *shape / stride)."""

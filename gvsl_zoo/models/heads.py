@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from .backbone import CONV, Backbone, Linear, initialise
+from .backbone import CONV, Backbone, Linear, OnBackbone, initialise, whole_number
 
 
-class HeadedModel(nn.Module):
+class HeadedModel(OnBackbone):
     """A backbone with a head, freshly drawn, that gives `num_classes` numbers."""
 
     def __init__(
@@ -27,10 +27,6 @@ class HeadedModel(nn.Module):
     def _make_head(self, num_classes: int, device: torch.device | str | None) -> nn.Module:
         raise TypeError(f"{type(self).__name__} does not say what its head is")
 
-    def _last_level(self) -> int:
-        """Index of the backbone's level that the head sees."""
-        return len(self.backbone.levels) - 1
-
     def reset_head(
         self,
         num_classes: int,
@@ -39,19 +35,13 @@ class HeadedModel(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         """Put a freshly drawn head for `num_classes` in place of the present one."""
-        if int(num_classes) != num_classes or num_classes < 1:
-            raise ArgumentError(
-                f"num_classes={num_classes}", "give at least 1, a whole number (the background counts as a class)"
-            )
+        num_classes = whole_number("num_classes", num_classes)
+        if num_classes < 1:
+            raise ArgumentError(f"num_classes={num_classes}", "give at least 1 (the background counts as a class)")
         reference = next(self.backbone.parameters())
-        self.num_classes = num_classes
-        self.head = self._make_head(num_classes, device or reference.device).to(reference.dtype)
-        initialise(self.head, generator)
-
-    def parameter_groups(self, lr: float, layer_decay: float = 1.0) -> list[dict]:
-        """The backbone's groups with rates falling towards its input, and the head at `lr`."""
-        head = {"params": list(self.head.parameters()), "lr": lr, "name": "head"}
-        return [*self.backbone.parameter_groups(lr * layer_decay, layer_decay, self._last_level()), head]
+        head = self._make_head(num_classes, device or reference.device).to(reference.dtype)
+        initialise(head, generator)
+        self.num_classes, self.head = num_classes, head
 
 
 class SegmentationModel(HeadedModel):

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..errors import ArgumentError
-from .backbone import CONV, Backbone, FeatureInfo, FeatureLevel, initialise
+from .backbone import CONV, Backbone, FeatureInfo, FeatureLevel, initialise, whole_number
 
 CHANNELS_PER_GROUP = 8  # of every GroupNorm
 NEGATIVE_SLOPE = 0.2
@@ -52,13 +51,21 @@ class _Upsample3d(torch.autograd.Function):
     CPU than PyTorch's, in the channels-last memory that the gradient comes in.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.shape = x.shape
+    def forward(x: Tensor) -> Tensor:
         return F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=True)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.shape = inputs[0].shape
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor) -> Tensor:
+        return _Upsample3d.forward(x)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         B, C, D, H, W = ctx.shape
         z, y, x = (_linear(size).to(grad) for size in (D, H, W))
@@ -124,6 +131,8 @@ class UNet(Backbone):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        ndim, width = whole_number("ndim", ndim), whole_number("width", width)
+        in_chans = whole_number("in_chans", in_chans)
         if ndim not in CONV or width < 8 or width % 8 or in_chans < 1:
             raise ArgumentError(
                 f"no U-Net with ndim={ndim}, width={width}, in_chans={in_chans}",

@@ -22,6 +22,7 @@ from .backbone import (
     Linear,
     initialise,
     is_released,
+    whole_number,
 )
 
 PATCH = 4  # voxels of a token along an axis of the image
@@ -127,7 +128,8 @@ class _WindowAttention(torch.autograd.Function):
     """Attention to the windows around, which keeps no gathered copy: each key is in 3^ndim of them.
 
     The backward pass gathers again, a part at a time, and works in float32: it sums many small terms, and PyTorch's
-    backward pass of attention in bf16 is ten times slower on a CPU.
+    backward pass of attention in bf16 is ten times slower on a CPU. It has no second
+    derivative, no forward AD, and nothing of `torch.func`.
     """
 
     @staticmethod
@@ -290,7 +292,7 @@ class Local(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not torch.jit.is_tracing():
             return expand(self.conv, x)
         return self.conv(x.movedim(-1, 1)).movedim(1, -1)  # half the memory, but a slow backward pass
 
@@ -367,6 +369,8 @@ class XMorpher(Backbone):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        ndim, width = whole_number("ndim", ndim), whole_number("width", width)
+        in_chans, window = whole_number("in_chans", in_chans), whole_number("window", window)
         if ndim not in CONV or width < HEAD_WIDTH or width % HEAD_WIDTH or in_chans < 1 or window < 1:
             raise ArgumentError(
                 f"no XMorpher with ndim={ndim}, width={width}, in_chans={in_chans}, window={window}",
@@ -383,7 +387,7 @@ class XMorpher(Backbone):
             for i, w in enumerate(widths)
         )
         self.norm = nn.LayerNorm(widths[3], device=device)
-        beside = [("patch_embed",), (), (), ("norm",)]
+        beside = [("patch_embed",), ("layers.0.downsample",), ("layers.1.downsample",), ("layers.2.downsample", "norm")]
         levels = [FeatureLevel(f"layers.{i}", w, PATCH * 2**i, beside[i]) for i, w in enumerate(widths)]
         if decoder:
             self.up_layers = nn.ModuleList(
@@ -395,7 +399,7 @@ class XMorpher(Backbone):
             )
             channels = width * 2 // 3 // 8 * 8
             self.local = Local(ndim, width, channels, device)
-            beside = [(), *((f"concat_back_dim.{k}",) for k in (1, 2, 3))]
+            beside = [(), *((f"up_layers.{k - 1}.downsample", f"concat_back_dim.{k}") for k in (1, 2, 3))]
             levels += [FeatureLevel(f"up_layers.{k}", widths[3 - k], PATCH * 2 ** (3 - k), beside[k]) for k in range(4)]
             levels.append(FeatureLevel("local", channels, 1))
         self.levels = FeatureInfo(levels)

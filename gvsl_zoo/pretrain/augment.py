@@ -50,7 +50,7 @@ def sample_pose(
         shape: of the posed image, 2D or 3D.
         generator: its device need not be that of the pose.
         elastic_voxels: SD of the elastic displacement along each axis.
-        strength: multiplies angles, scalings and displacements; 0 gives the identity, exactly.
+        strength: in [0, 1], multiplies angles, scalings and displacements; 0 gives the identity, exactly.
         device: of the pose; by default the generator's.
     """
     ndim, device = len(shape), device or generator.device

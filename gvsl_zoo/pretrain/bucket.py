@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ArgumentError, VolumeError
+from ..errors import ArgumentError, GvslZooError, VolumeError, needs
 from ..weights import write_whole
 
 CHUNK_EDGE = {3: 48, 2: 256}  # voxels: half of the usual crops, so that they read 3 chunks an axis at most
@@ -152,12 +152,9 @@ class Bucket:
 
     def _open(self) -> tuple[Any, str]:
         """File system and root; fsspec keeps one a process, so that a forked worker opens its own."""
-        try:
-            import google_crc32c  # noqa: F401
-            import numcodecs.blosc  # noqa: F401
-            from fsspec import url_to_fs
-        except ImportError:
-            raise ArgumentError(f"{self.url} needs zarr and fsspec", "pip install 'gvsl-zoo[cluster]'") from None
+        needs("cluster", self.url, "fsspec", "numcodecs", "google_crc32c")
+        from fsspec import url_to_fs
+
         try:
             fs, root = url_to_fs(self.url)
         except (ImportError, ValueError) as error:
@@ -237,7 +234,7 @@ def _reaching(url: str, action: str) -> Iterator[None]:
     """Whatever a client raises becomes a VolumeError that names the URL; but for what is not there to read."""
     try:
         yield
-    except (VolumeError, ArgumentError):
+    except GvslZooError:
         raise
     except NotImplementedError as error:
         raise ArgumentError(f"cannot {action} {url}: its protocol does not allow it", "choose another") from error

@@ -18,6 +18,7 @@ PairMode = Literal["self", "cross", "mixed"]
 Unit = Literal["HU", "arbitrary", "grey"]
 UNITS: dict[int, tuple[Unit, ...]] = {3: ("HU", "arbitrary"), 2: ("grey", "arbitrary")}  # by axes; the first is default
 SHARES = ("synthetic_share", "damage_share", "views", "apart", "bent")  # of pairs
+WEIGHTS = ("ncc", "smoothness", "restoration", "deformation", "positive", "displacement", "affine", "contrast")
 LONGEST_RAMP = 3000  # steps, unless told otherwise
 MEANINGS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
 Config = TypeVar("Config", bound="RunConfig")
@@ -104,7 +105,8 @@ class PretrainConfig(RunConfig):
         those of synthetic subjects, and two views of one scan.
     views: share of the pairs of scans that are two views of one scan, in poses of their own.
     apart: share of the other pairs whose images have poses of their own, as if nobody had laid them alike.
-    bent: share of pairs whose images show other contrasts, each along a curve of its own.
+    bent: share of pairs whose images show other contrasts, each along a curve of its own; of those images one in ten
+        stays as it is, as in the damage.
     scales: resolutions in which images are compared, from full to 1 / 2^(scales - 1); the mean is the term `ncc`.
     """
 
@@ -152,11 +154,14 @@ class PretrainConfig(RunConfig):
             (self.ndim != len(self.crop) or min(self.crop) < 16, f"crop {self.crop} with ndim {self.ndim}"),
             (min(self.steps, self.batch_size, self.accumulate, self.save_every, self.keep_last) < 1, "a count below 1"),
             ((self.ramp_steps or 0) < 0, f"ramp_steps {self.ramp_steps}"),
+            (self.warmup_steps < 0, f"warmup_steps {self.warmup_steps}"),
+            (self.affine_width == 0 or (self.affine_width or 8) % 8 > 0, f"affine_width {self.affine_width}"),
             (not 0 < self.spacing_mm < math.inf, f"spacing_mm {self.spacing_mm}"),
             (not 0 <= self.learning_rate < math.inf, f"learning_rate {self.learning_rate}"),
             (not self.clip_norm > 0, f"clip_norm {self.clip_norm}"),
             (not 0 <= self.ema < 1, f"ema {self.ema}"),
             *((not 0 <= getattr(self, n) <= 1, f"{n} {getattr(self, n)}") for n in SHARES),
+            *((not 0 <= getattr(self, n) < math.inf, f"{n} {getattr(self, n)}") for n in WEIGHTS),
             (not 1 <= self.scales <= 4, f"scales {self.scales}"),
             (self.unit not in (None, *UNITS.get(self.ndim, ())), f"unit {self.unit!r} with ndim {self.ndim}"),
             (self.objective == "gemini" and self.known, "displacement, affine or contrast with objective 'gemini'"),

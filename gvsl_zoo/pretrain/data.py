@@ -239,16 +239,25 @@ def processes_started() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first() -> bool:
+    """Whether this process is the one of those started together that prints and writes for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def open_data(data: str, config: PretrainConfig, out: Path | None) -> PairSource | None:
     """Pairs of the scans in a store, a folder or a URL, or in a folder of files, which becomes the store `out`/store.
 
     None: synthetic.
 
-    Raises: ArgumentError for a folder of files without an `out`, or while several processes start.
+    Raises: ArgumentError for what is none of these, and for a folder of files without an `out`, or while several
+        processes start.
     """
     if data == "synthetic":
         return None
-    if not is_url(data) and Path(data).is_dir() and not (Path(data) / "store.json").exists():
+    if not is_url(data) and not Path(data).is_dir():
+        cause = f"the data {data!r} are a file" if Path(data).exists() else f"there is no folder {data!r}"
+        raise ArgumentError(cause, "give a folder of scans, a store, its URL, or synthetic")
+    if not is_url(data) and not (Path(data) / "store.json").exists():
         if out is None or processes_started() > 1:
             cause = "several processes start" if out else "a dry run writes none"
             raise ArgumentError(f"{data} is no store, and {cause}", "run gvsl-zoo prepare first")

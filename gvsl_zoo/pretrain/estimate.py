@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,8 @@ import torch
 from ..errors import ArgumentError
 from .config import PretrainConfig
 from .data import PairSource, processes_started
-from .learner import Record
 from .loop import build, pretrain
+from .run import Record
 
 
 class Enough(Exception):
@@ -28,8 +29,6 @@ def estimate(
 
     Raises: ArgumentError in one of several processes.
     """
-    import resource
-
     if (processes := processes_started()) > 1:
         raise ArgumentError(f"a dry run of {processes} processes", "run it with one, without torchrun")
     seconds: list[float] = []
@@ -43,13 +42,23 @@ def estimate(
     with TemporaryDirectory() as folder, suppress(Enough):
         pretrain(short, Path(folder), real, device=device, workers=workers, progress=note)
     on_gpu = torch.cuda.is_available() and device != "cpu"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
     step = sorted(seconds)[len(seconds) // 2]
     return {
         "parameters": sum(p.numel() for p in build(config, None).parameters()),
         "seconds_a_step": step,
         "pairs_a_second": config.batch_size * config.accumulate / step,
         "hours": step * config.steps / 3600,
-        "peak_memory_GB": peak / 1e9,
+        "peak_memory_GB": peak and peak / 1e9,
         "device": "cuda" if on_gpu else "cpu",
     }
+
+
+def peak_memory() -> int | None:
+    """The most that this process has held so far, bytes; None where the system does not tell (Windows)."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held if sys.platform == "darwin" else held * 1024

@@ -9,9 +9,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from multiprocessing.sharedctypes import RawValue
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -20,14 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import ArgumentError, GvslZooError, TrainingError
+from ..errors import ArgumentError, GvslZooError, TrainingError, needs
 from .config import RunConfig
 from .data import Numbers
-from .run import State, Tensors
+from .run import Record, State, Tensors
 
 Item = TypeVar("Item")
 Model = TypeVar("Model", bound=nn.Module)
-Record = dict[str, float]
+PATIENCE = timedelta(hours=6)  # of processes with the first one, which alone validates; launchers see one that died
 BEHIND = {"cuda": 1}  # steps that run on a device while the numbers of the step before them are read
 
 
@@ -36,7 +37,6 @@ class Taken(NamedTuple):
 
     record: Record
     saving: bool
-    stopping: bool
 
 
 class Learner(Generic[Model]):
@@ -79,7 +79,7 @@ class Learner(Generic[Model]):
         config: RunConfig,
         stop: Stop,
     ) -> Iterator[Taken]:
-        """Take the steps from `first` to the end, or to where any process is asked to stop; yield each in its turn.
+        """Take the steps from `first` to the end; yield each in its turn.
 
         On CUDA a step is yielded while the next one runs, but not one whose weights are to be saved.
 
@@ -88,9 +88,10 @@ class Learner(Generic[Model]):
                 device; only then comes the next one.
 
         Raises: TrainingError for a loss or gradient that is not finite. The weights are then those before that update.
+            SystemExit where any process is asked to stop, after a step whose weights were to be saved.
         """
         unread: deque[Callable[[], tuple[Record, bool]]] = deque()
-        stopping, started = False, time.perf_counter()
+        started = time.perf_counter()
         for step in range(first, config.steps):
             unread.append(self._update(forward_backward(step), step, stop))
             last = step + 1 == config.steps
@@ -98,13 +99,18 @@ class Learner(Generic[Model]):
             while len(unread) > (0 if saving else BEHIND.get(self.accelerator.device.type, 0)):
                 record, asked = unread.popleft()()
                 stop.asked = stop.asked or asked
-                stopping = (stopping or asked) and not last
-                saving = saving or stopping
+                saving = saving or asked
                 seconds = time.perf_counter() - started
-                yield Taken(record | {"seconds": seconds}, saving and not unread, stopping)
+                yield Taken(record | {"seconds": seconds}, saving and not unread)
                 started = time.perf_counter()
-            if stopping:
-                return
+            if saving and not last:
+                self.heed(stop)
+
+    def heed(self, stop: Stop) -> None:
+        """End all processes at one place if any of them is asked to stop; called where their weights are saved."""
+        asked = torch.tensor(float(stop.asked), device=self.accelerator.device)
+        if self.accelerator.reduce(asked, "sum") > 0:
+            raise SystemExit(stop.code)
 
     def _update(
         self, updates: Iterable[Mapping[str, Tensor]], step: int, stop: Stop
@@ -216,17 +222,17 @@ def make_accelerator(device: str) -> Any:
 
     A loss goes backward without it: by its launcher's settings it would divide or scale the loss.
     """
-    try:
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedType
-    except ImportError:
-        raise ArgumentError("training needs accelerate", "pip install gvsl-zoo[train]") from None
+    needs("train", "training", "accelerate")
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType, InitProcessGroupKwargs
+
     if device not in ("auto", "cpu", "cuda"):
         raise ArgumentError(f"device {device!r} for a run", "give auto, cpu or cuda; torchrun deals out several")
     if device == "cuda" and not torch.cuda.is_available():
         raise ArgumentError("this machine has no CUDA device", "give auto or cpu")
     cpu = device == "cpu" or not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # whatever its launcher says: the settings decide
+    waiting = InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[waiting])  # whatever its launcher says
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ArgumentError(
             f"accelerate is to shard the model ({accelerator.distributed_type.value}), and a run cannot",
@@ -248,13 +254,16 @@ class Delivered(Dataset[Any]):
             return error
 
 
+@contextmanager
 def drawn(
     items: Dataset[Item], numbers: Numbers, workers: int, device: torch.device
-) -> Generator[tuple[list[int], list[Item]], None, None]:
+) -> Iterator[Iterator[tuple[list[int], list[Item]]]]:
     """The items of a process, a list a forward pass, with their numbers, drawn ahead by `workers` processes.
 
-    These live until it is closed, whatever signals reach them. An error of the package that one of them meets is raised
-    here, as it is.
+    These live as long as the context, whatever signals reach them. An error of the package that one of them meets is
+    raised where its item is asked for, as it is.
+
+    Raises: TrainingError where one of them has died; what asks for items or does the steps is interrupted then.
     """
     ended = RawValue("b", 0)
     loader = DataLoader(
@@ -266,14 +275,36 @@ def drawn(
         worker_init_fn=partial(outlast_signals, ended),
         generator=torch.Generator(),  # its own: a step's draws do not depend on which step was the first
     )
-    try:
+
+    def delivered() -> Generator[tuple[list[int], list[Item]], None, None]:
         for batch, found in zip(numbers, loader, strict=True):
             for item in found:
                 if isinstance(item, GvslZooError):
                     raise item
             yield batch, found
-    finally:
-        ended.value = 1  # before the loader goes, and terminates those that are late
+
+    with closing(delivered()) as batches:
+        try:
+            yield batches
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            if not (workers and tells_of_a_death(error)):
+                raise
+            told = str(error).strip(" .") or type(error).__name__
+            raise TrainingError(
+                f"a process that draws ahead has died: {told}",
+                "if memory was short, give fewer --workers; --resume goes on from the last checkpoint",
+            ) from error
+        finally:
+            ended.value = 1  # before the loader goes, and terminates those that are late
+
+
+def tells_of_a_death(error: Exception) -> bool:
+    """Whether an error is PyTorch's word on a DataLoader worker that has died, or what is left of a broken pipe to it.
+
+    An error that a living worker met says "Caught ...".
+    """
+    text = str(error)
+    return "DataLoader worker (pid" in text if isinstance(error, RuntimeError) else not text.startswith("Caught ")
 
 
 def outlast_signals(ended: Any, _worker: int) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -26,9 +26,9 @@ from ..report import curves_picture
 from .config import PretrainConfig
 from .data import Numbers, Pair, Pairs, PairSource, StorePairs, seeded
 from .entry import describe, finish
-from .learner import Learner, Record, Stop, Taken, drawn, make_accelerator, schedule, stop_signals
+from .learner import Learner, Stop, Taken, drawn, make_accelerator, schedule, stop_signals
 from .objective import Batch, make_batch, tasks_of
-from .run import LOG, Run, State, last_record
+from .run import Record, Run, State, last_record, log_lines
 from .validate import draw_validation, validate
 
 CURVE_RECORDS = 2000  # of the log that are drawn, beside those of a validation
@@ -58,9 +58,9 @@ def pretrain(
         init: a module of the same size whose weights are the start.
         progress: called after every step with what the log receives.
 
-    Raises: TrainingError for a loss that is not finite, a folder in use or a full disk; ArgumentError for other
-        settings or data than those of the run so far. SystemExit(143) after SIGTERM and SystemExit(130) after SIGINT,
-        with a checkpoint written; KeyboardInterrupt, without one, after a second SIGINT.
+    Raises: TrainingError for a loss that is not finite, a folder in use, a full disk or a worker that was killed;
+        ArgumentError for other settings or data than those of the run so far. SystemExit(143) after SIGTERM and
+        SystemExit(130) after SIGINT, with a checkpoint written; KeyboardInterrupt, without one, after a second SIGINT.
     """
     accelerator = make_accelerator(device)
     learner = make_learner(build(config, init), config, accelerator)
@@ -78,7 +78,7 @@ def pretrain(
             accelerator.prepare(torch.compile(task) if config.compile else task) for task in learner.task.children()
         ]
         with (
-            closing(draw(config, real, first, workers, accelerator)) as batches,
+            draw(config, real, first, workers, accelerator) as batches,
             tensorboard(out, first) if main else nullcontext() as board,
         ):
             journal = Journal(run, config, learner, entry, pairs_a_step, data, board, progress, stop)
@@ -88,9 +88,6 @@ def pretrain(
             for taken in learner.steps(take, first, config, stop):
                 if main:
                     journal.note(taken)
-                if taken.saving and taken.stopping:
-                    accelerator.wait_for_everyone()
-                    raise SystemExit(stop.code)
         if main:
             finish(out, entry, last_record(out))
         accelerator.wait_for_everyone()
@@ -102,7 +99,7 @@ def pretrain(
 
 def draw(
     config: PretrainConfig, real: PairSource | None, first: int, workers: int, accelerator: Any
-) -> Generator[tuple[list[int], list[Pair]], None, None]:
+) -> AbstractContextManager[Iterator[tuple[list[int], list[Pair]]]]:
     """The pairs of this process, a list a forward pass, with their numbers, from step `first` to the end of the run."""
     processes, rank = accelerator.num_processes, accelerator.process_index
     numbers = Numbers(first, config.steps, config.batch_size, config.accumulate, processes, rank)
@@ -119,18 +116,17 @@ def forward_backward(
 ) -> Iterator[dict[str, Tensor]]:
     """For each task sum the gradients of a step's forward passes; yield the means of its terms, on the device."""
     device = accelerator.device
-    made: list[tuple[Batch, int]] = []
+    made: list[Batch] = []
     torch.manual_seed(seeded("cpu", config.seed, 2, step, accelerator.process_index).initial_seed())
     for task in tasks:
         means: dict[str, Tensor] = {}
         for forward in range(config.accumulate):
             if forward == len(made):
                 numbers, pairs = next(batches)
-                made.append((make_batch(pairs, numbers, config, device), numbers[0]))
-            batch, number = made[forward]
+                made.append(make_batch(pairs, numbers, config, device))
             last = forward == config.accumulate - 1
             with nullcontext() if last else accelerator.no_sync(task):
-                terms = task(batch, seeded(device, config.seed, 3, number))
+                terms = task(made[forward])
                 shares = {name: term / config.accumulate for name, term in terms.items()}
                 sum(shares.values(), torch.zeros((), device=device)).backward()
             means = {name: means.get(name, 0.0) + share.detach() for name, share in shares.items()}
@@ -259,7 +255,7 @@ def draw_run(model: WholeModule, config: PretrainConfig, out: Path) -> None:
     """Renew curves.png and pair.png, where matplotlib is installed."""
     if find_spec("matplotlib") is None:
         return
-    lines = (out / LOG).read_text().splitlines()
+    lines = log_lines(out)
     every = 1 + len(lines) // CURVE_RECORDS
     log = [json.loads(text) for number, text in enumerate(lines) if number % every == 0 or VALIDATED in text]
     curves_picture(log, out / "curves.png", title=f"{out.name}: {config.objective}")

@@ -36,6 +36,7 @@ STATE_VERSION = 1
 STATE, LOG, SETTINGS = "state.json", "log.jsonl", "config.json"
 DEALT = ("batch_size", "accumulate")  # free when a run goes on, as the number of processes is: `pairs_a_step` stays
 Tensors = Mapping[str, Tensor]  # by name
+Record = dict[str, float]  # what is logged of a step
 
 
 class State(NamedTuple):
@@ -153,7 +154,7 @@ class Run:
             shutil.copyfile(path, link)
         link.replace(self.folder / WEIGHTS_NAME)
 
-    def log(self, record: dict[str, float]) -> None:
+    def log(self, record: Record) -> None:
         """Add a line to the log."""
         try:
             with (self.folder / LOG).open("a") as file:
@@ -161,16 +162,24 @@ class Run:
         except OSError as error:
             raise self._unwritten("the log", error) from error
 
-    def truncate_log(self, step: int) -> None:
-        """Forget what was logged after the checkpoint of `step`: those steps run again."""
+    def truncate_log(self, step: int, instead: Record | None = None) -> list[Record]:
+        """Forget what was logged after the checkpoint of `step`: those steps run again. What stays is returned.
+
+        Args:
+            instead: of what was logged of `step` itself.
+        """
         path = self.folder / LOG
         if not path.exists():
-            return
+            return []
         try:
             lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            write_whole(path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
+            records = [record for line in lines if (record := json.loads(line))["step"] <= step]
+            if instead:
+                records = [*(record for record in records if record["step"] < step), instead]
+            write_whole(path, "".join(json.dumps(record) + "\n" for record in records).encode())
         except OSError as error:
             raise self._unwritten("the log", error) from error
+        return records
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -217,5 +226,17 @@ def finished(out: Path) -> dict[str, Any]:
 
 def last_record(out: Path) -> dict[str, Any]:
     """What the last step of a run logged."""
-    last: dict[str, Any] = json.loads((out / LOG).read_text().splitlines()[-1])
+    last: dict[str, Any] = json.loads(log_lines(out)[-1])
     return last
+
+
+def log_lines(out: Path) -> list[str]:
+    """What a run logged, a line a step.
+
+    Raises: TrainingError where that is lost.
+    """
+    path = out / LOG
+    if lines := path.read_text().splitlines() if path.exists() else []:
+        return lines
+    cause = f"{path} is lost, and with it what the run measured; the weights ({WEIGHTS_NAME}) are whole and load"
+    raise TrainingError(cause, "restore it, or give another folder to train anew")

@@ -237,9 +237,9 @@ def _from_nnunet(folder: Path) -> tuple[list[Case], dict[str, int]]:
 
 def _paired(folder: Path, images: str, labels: str, endings: tuple[str, ...], split: str | None) -> list[Case]:
     """Cases of two folders of the same names; every training image needs its label."""
-    targets = _files(folder / labels, endings) if split is None or (folder / labels).is_dir() else {}
+    targets = named_files(folder / labels, endings) if split is None or (folder / labels).is_dir() else {}
     channels: dict[str, dict[int, Path]] = {}
-    for name, path in _files(folder / images, endings).items():
+    for name, path in named_files(folder / images, endings).items():
         match = None if name in targets else CHANNEL.fullmatch(name)
         case, channel = (match[1], int(match[2])) if match else (name, 0)
         if channel in channels.setdefault(case, {}):
@@ -264,7 +264,7 @@ def _paired(folder: Path, images: str, labels: str, endings: tuple[str, ...], sp
     return cases
 
 
-def _files(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
+def named_files(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
     """The files of a folder by their names without the ending, sorted; hidden ones are not looked at."""
     if not folder.is_dir():
         raise ArgumentError(f"there is no folder {str(folder)!r}", LAYOUTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -37,7 +38,8 @@ class FinetuneConfig(RunConfig):
         pre-trained weights (Kumar et al. 2022); default a quarter; never from scratch.
     layer_decay: by which pre-trained levels learn slower, level by level towards the input; from scratch all alike.
     ema: decay of the averaged weights, which are then validated and kept; 0 for none.
-    augment: strength of poses (see pretrain/augment.py) and of changes in brightness, contrast and noise; 0 for none.
+    augment: strength of poses (see pretrain/augment.py) and of changes in brightness, contrast and noise, from 0, none,
+        to 1.
     """
 
     model: str = "gvsl-unet-ct-nano"
@@ -71,13 +73,16 @@ class FinetuneConfig(RunConfig):
             (self.unit not in (None, *get_args(Unit)), f"unit {self.unit!r}"),
             (min(counts) < 1, "a count below 1"),
             (min(crop) < 1, f"crop {self.crop}"),
-            (min(spacing) <= 0, f"spacing_mm {self.spacing_mm}"),
+            (not all(0 < mm < math.inf for mm in spacing), f"spacing_mm {self.spacing_mm}"),
             (not 0 <= self.validation < 1, f"validation {self.validation}"),
             (not 0 <= self.ema < 1, f"ema {self.ema}"),
             (not 0 <= (self.head_steps or 0) <= self.steps, f"head_steps {self.head_steps} of {self.steps}"),
             (not 0 < self.layer_decay <= 1, f"layer_decay {self.layer_decay}"),
-            (self.augment < 0, f"augment {self.augment}"),
-            ((self.learning_rate or 0) < 0, f"learning_rate {self.learning_rate}"),
+            (not 0 <= self.augment <= 1, f"augment {self.augment}"),
+            (not 0 <= (self.learning_rate or 0) < math.inf, f"learning_rate {self.learning_rate}"),
+            (self.warmup_steps < 0, f"warmup_steps {self.warmup_steps}"),
+            (not 0 <= self.weight_decay < math.inf, f"weight_decay {self.weight_decay}"),
+            (not self.clip_norm > 0, f"clip_norm {self.clip_norm}"),
         ):
             if wrong:
                 raise ArgumentError(f"{what} in the settings of a run", "see gvsl_zoo.transfer.config.FinetuneConfig")

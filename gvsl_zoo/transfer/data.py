@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import ArgumentError, VolumeError, listed
+from ..errors import ArgumentError, TrainingError, VolumeError, listed
 from ..film import FilmPreprocessing, flattened, prepare_scan, read_film
 from ..pretrain.augment import apply_pose, sample_pose
 from ..pretrain.data import seeded
@@ -74,7 +74,8 @@ def prepare_cases(
         folder: on whose disk lies what is too much for the memory.
         cache: what earlier calls prepared; what this one prepares is added.
 
-    Errors: VolumeError naming a file that cannot be used, ArgumentError for a class that occurs in no case.
+    Errors: VolumeError naming a file that cannot be used, ArgumentError for a class that occurs in no case,
+        TrainingError for a full disk.
     """
     if len(labels) > 256:
         raise ArgumentError(f"{len(labels)} labels", "at most 256 are supported")
@@ -101,11 +102,17 @@ def cached(cache: Cache, key: Any, folder: Path, make: Callable[[], Example]) ->
 
 def _mapped(x: Tensor, folder: Path) -> Tensor:
     """The same numbers in a file without a name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        array = np.memmap(file, x.numpy().dtype, "w+", shape=tuple(x.shape))  # keeps the file open
-    array[...] = x.numpy()
-    return torch.from_numpy(array)
+    array = np.ascontiguousarray(x.numpy())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(array.data)  # a full disk is an error here, and in a mapped file the end of the process
+            mapped = np.memmap(file, array.dtype, "r+", shape=array.shape)  # keeps the file open
+    except OSError as error:
+        what = f"a prepared scan of {array.nbytes / 1e6:.0f} MB"
+        cause = f"{what} cannot be written to {folder}: {error.strerror or error}"
+        raise TrainingError(cause, "free space, choose another folder, or train on fewer scans") from error
+    return torch.from_numpy(mapped)
 
 
 # --- From files to the grid -----------------------------------------------------------------------------------------

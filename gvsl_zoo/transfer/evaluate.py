@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..errors import ArgumentError, GvslZooError, VolumeError, listed
+from ..errors import ArgumentError, GvslZooError, VolumeError, listed, needs
 from ..inference.segment import comment_labels
 from ..ledger import check_unseen
 from ..report import classes_picture, scores_picture
 from ..volume import Volume
 from ..weights import write_whole
 from ..zoo import load
-from .cases import ENDINGS, Case, Cases, read_cases, read_labels, without_ending
+from .cases import ENDINGS, Case, Cases, named_files, read_cases, read_labels, without_ending
 from .statistics import Interval, auc_interval, mean_interval, proportion_interval, subject_means
 
 TOLERANCE_MM = 2.0  # of the surface Dice
@@ -142,8 +142,9 @@ def evaluate(
         progress: called with (cases done, cases in all).
 
     Errors: VolumeError for a file that cannot be read, or the two of a case on different grids; ArgumentError for what
-        does not fit together, and for a case that the model has seen.
+        does not fit together, and for a case that the model has seen; GvslZooError without MONAI and SciPy.
     """
+    needs("train", "scoring", "monai", "scipy")
     if not 0 <= tolerance_mm < math.inf:
         raise ArgumentError(f"a tolerance of {tolerance_mm} mm", "give a length in millimetres")
     if task == "classification":
@@ -181,13 +182,11 @@ def overlap(
     found = FOUND[2 * (not reference.any()) + (not prediction.any())]
     if found != "both":
         return ABSENT if found == "absent" else Overlap(found, 0.0, None, 0.0)
-    try:
-        from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
-    except ImportError as error:
-        raise GvslZooError("the metrics need monai and scipy", 'pip install "gvsl-zoo[train]"') from error
-    flat = tuple(axis for axis, size in enumerate(reference.shape) if size == 1)
-    spacing_mm = [s for s, size in zip(spacing_mm, reference.shape, strict=True) if size > 1]
-    prediction, reference = prediction.squeeze(flat), reference.squeeze(flat)
+    from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
+
+    flat = [axis for axis, size in enumerate(reference.shape) if size == 1][: reference.ndim - 2]
+    spacing_mm = np.delete(spacing_mm, flat).tolist()
+    prediction, reference = prediction.squeeze(tuple(flat)), reference.squeeze(tuple(flat))
     box = _bounding_box(prediction | reference)
     a, b = (torch.from_numpy(np.ascontiguousarray(mask[box]))[None, None] for mask in (prediction, reference))
     tolerance_mm *= 1 + 1e-5  # MONAI's distances are float32, and one of exactly the tolerance is within it
@@ -324,8 +323,10 @@ def _seen(
 
 def _label_files(path: Path) -> dict[str, Path]:
     """Label files by name: one, those directly in a folder, or none if there are none."""
-    paths = sorted(path.iterdir()) if path.is_dir() else [path]
-    return {p.name.removesuffix(end): p for p in paths for end in ENDINGS if p.name.endswith(end)}
+    if path.is_dir():
+        return named_files(path, ENDINGS)
+    name, ending = without_ending(path.name)
+    return {name: path} if ending else {}
 
 
 def _pairs(predictions: Path, references: dict[str, Path]) -> tuple[dict[str, tuple[Path, Path]], tuple[str, ...]]:
@@ -420,10 +421,8 @@ def summarise_classes(
 
     A class of which there is no case, or nothing else, has no AUC (None). The intervals hold for one scan a subject.
     """
-    try:
-        from monai.metrics import compute_roc_auc
-    except ImportError as error:
-        raise GvslZooError("the metrics need monai and scipy", 'pip install "gvsl-zoo[train]"') from error
+    from monai.metrics import compute_roc_auc
+
     truth = np.array([classes.index(true) for true, _ in probabilities.values()])
     values = torch.tensor([row for _, row in probabilities.values()], dtype=torch.float64)
     correct = int((values.argmax(1).numpy() == truth).sum())

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, listed
 from ..inference.features import WINDOW
 from ..inference.sliding import evaluate, sliding_window
-from ..ledger import LeakageWarning, ledger_of, seen
+from ..ledger import LeakageWarning, joined, ledger_of, seen
 from ..losses import dice_loss
 from ..models.backbone import Backbone
 from ..models.heads import HeadedModel
 from ..pretrain.data import Numbers, seeded
-from ..pretrain.learner import Learner, Record, Stop, Taken, drawn, make_accelerator, schedule, stop_signals
+from ..pretrain.learner import Learner, Stop, Taken, drawn, make_accelerator, schedule, stop_signals
 from ..pretrain.loop import tensorboard
-from ..pretrain.run import LOG, Run, State, Tensors
+from ..pretrain.run import Record, Run, State, Tensors, log_lines
 from ..registry import Label, Ledger, ModelEntry
 from ..report import curves_picture
 from ..weights import write_whole
@@ -69,8 +69,9 @@ def finetune(
         cache: an empty dictionary, to be given to several calls: scans and frozen features are then made only once.
 
     Raises: VolumeError for a scan or label file that cannot be used; ArgumentError for settings or data that do not fit
-        together, or that are not those of the run so far; TrainingError for a loss that is not finite, a folder in use
-        or a full disk. SystemExit(143) after SIGTERM and SystemExit(130) after SIGINT, with a checkpoint written.
+        together, or that are not those of the run so far; TrainingError for a loss that is not finite, a folder in use,
+        a full disk, a lost log or a worker that was killed. SystemExit(143) after SIGTERM and SystemExit(130) after
+        SIGINT, with a checkpoint written.
     """
     if data.task != config.task:
         raise ArgumentError(f"cases of a {data.task} for the task {config.task}", "read them with the same task")
@@ -106,24 +107,26 @@ def finetune(
         first = learner.restore(state, config.batch_size * accelerator.num_processes)
         task = accelerator.prepare(learner.task)
         with (
-            closing(draw(Patches(train, config, crop), config, first, workers, accelerator)) as batches,
+            draw(Patches(train, config, crop), config, first, workers, accelerator) as batches,
             tensorboard(out, first) if main else nullcontext() as board,
         ):
-            if main:
-                run.truncate_log(first)
+            log = run.truncate_log(first) if main else []
             best = state.tensors.get("best") if state else None
-            validation = Validation(val, labels, config, crop, best, out)
+            validation = Validation(val, labels, config, crop, best, best_record(log, config))
             journal = Journal(run, learner, entry, validation, board, progress, stop)
+            if main and first:
+                log_lines(out)  # which tell what was best so far
+                journal.make_up(first, log[-1])
+            if 0 < first < config.steps:
+                learner.heed(stop)
             take = partial(forward_backward, learner, task, batches, config, crop)
             for taken in learner.steps(take, first, config, stop):
                 if main:
                     journal.note(taken)
-                if taken.saving and taken.stopping:
-                    accelerator.wait_for_everyone()
-                    raise SystemExit(stop.code)
         if main:
-            finish(out, entry, best_record(out, config), split)
-            draw_run(out, config)
+            log = read_log(out)
+            finish(out, entry, best_record(log, config), split)
+            draw_run(out, config, log)
         accelerator.wait_for_everyone()
     return load(out, task=config.task, device=accelerator.device)
 
@@ -133,7 +136,7 @@ def finetune(
 
 def draw(
     patches: Patches, config: FinetuneConfig, first: int, workers: int, accelerator: Any
-) -> Generator[tuple[list[int], list[Patch]], None, None]:
+) -> AbstractContextManager[Iterator[tuple[list[int], list[Patch]]]]:
     """The patches of this process with their numbers, a list a step, from step `first` to the end of the run."""
     processes, rank = accelerator.num_processes, accelerator.process_index
     numbers = Numbers(first, config.steps, config.batch_size, 1, processes, rank)
@@ -276,12 +279,11 @@ def frozen_features(
 
 def seen_by_run(split: Split, start: Ledger) -> Ledger:
     """The ledger of a run from weights with the ledger `start`; warn of validation on what these or training see."""
-    train, val = (ledger_of(path for case in cases for path in case.images) for cases in (split.train, split.val))
-    before = replace(start, scans=(*start.scans, *train.scans))
+    before = ledger_of((path for case in split.train for path in case.images), start)
     if again := seen({case.name: case.images for case in split.val}, before):
         text = f"validation on scans that training sees, or the weights saw before: {listed(again)}"
         warnings.warn(text, LeakageWarning, stacklevel=3)
-    return replace(start, scans=tuple(sorted({*before.scans, *val.scans})))
+    return joined(before, ledger_of(path for case in split.val for path in case.images))
 
 
 def check_classes(examples: Sequence[Example], labels: Sequence[Label]) -> None:
@@ -303,7 +305,7 @@ def check_classes(examples: Sequence[Example], labels: Sequence[Label]) -> None:
 
 
 class Validation:
-    """Held-out cases, and the weights that were best on them."""
+    """Held-out cases, and the weights that were best on them, with what was measured then."""
 
     def __init__(
         self,
@@ -312,18 +314,23 @@ class Validation:
         config: FinetuneConfig,
         crop: Sequence[int],
         best: Tensors | None,
-        out: Path,
+        measured: Record,
     ) -> None:
         self.examples, self.labels, self.config, self.crop, self.best = examples, labels, config, crop, best
-        self.score: float = best_record(out, config).get(SCORE[config.task], 0.0)
+        self.score: float = measured.get(SCORE[config.task], 0.0)
 
-    def of(self, model: HeadedModel) -> Record:
-        """The scores of a model, whose weights are remembered if none were better before; none without cases."""
+    def of(self, model: HeadedModel, hurried: Callable[[], bool]) -> Record:
+        """The scores of a model, whose weights are remembered if none were better before; none without cases.
+
+        Nothing happens where it is `hurried` before the end.
+        """
         if not self.examples:
             return {}
         model.eval()
-        scores = validate(trained(model, self.config), self.examples, self.labels, self.config, self.crop)
+        scores = validate(trained(model, self.config), self.examples, self.labels, self.config, self.crop, hurried)
         model.train()
+        if not scores:
+            return {}
         if self.best is None or scores[SCORE[self.config.task]] >= self.score:
             self.score = scores[SCORE[self.config.task]]
             self.best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -343,23 +350,45 @@ class Journal:
     stop: Stop
 
     def note(self, taken: Taken) -> None:
-        """Write a step down; where its weights are to be saved, validate first, unless the run is to stop."""
-        config, record = self.validation.config, taken.record
-        step = int(record["step"])
-        if taken.saving and (step == config.steps or not self.stop.asked):
-            record |= self.validation.of(self.learner.kept)
-        self.run.log(record)
-        if self.board is not None:
-            for name, value in record.items():
-                self.board.add_scalar(name, value, step)
+        """Write a step down; where its weights are to be saved, validate first, unless that has to wait."""
+        record, step = taken.record, int(taken.record["step"])
+        last = step == self.validation.config.steps
         if taken.saving:
-            parts = self.learner.snapshot()
-            if self.validation.best is not None:
-                parts["best"] = self.validation.best
-            patches = config.batch_size * self.learner.accelerator.num_processes
-            self.run.save(State(step, patches, parts, self.entry))
+            record |= self.validation.of(self.learner.kept, lambda: self.stop.asked and not last)
+        self.run.log(record)
+        self.show(record)
+        if taken.saving:
+            self.save(step)
         if self.progress:
             self.progress(record)
+
+    def make_up(self, step: int, record: Record) -> None:
+        """Validate the weights that the run goes on from, where that had to wait when it was interrupted.
+
+        Args:
+            record: what was logged of their step.
+        """
+        config = self.validation.config
+        if step % config.save_every or SCORE[config.task] in record:
+            return
+        if scores := self.validation.of(self.learner.kept, lambda: self.stop.asked):
+            self.save(step)  # before the log says that these are the best
+            self.run.truncate_log(step, record | scores)
+            self.show({"step": step} | scores)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint."""
+        parts = self.learner.snapshot()
+        if self.validation.best is not None:
+            parts["best"] = self.validation.best
+        patches = self.validation.config.batch_size * self.learner.accelerator.num_processes
+        self.run.save(State(step, patches, parts, self.entry))
+
+    def show(self, record: Record) -> None:
+        """Hand numbers to TensorBoard, where it is installed."""
+        if self.board is not None:
+            for name, value in record.items():
+                self.board.add_scalar(name, value, int(record["step"]))
 
 
 # --- The run's folder ---------------------------------------------------------------------------------------
@@ -381,22 +410,21 @@ def note_cases(out: Path, split: Split, labels: Sequence[Label]) -> None:
     write_whole(path, text.encode())
 
 
-def validations(out: Path, config: FinetuneConfig) -> list[Record]:
-    """The records of the log that hold a validation."""
-    lines = (out / LOG).read_text().splitlines() if (out / LOG).exists() else []
-    return [record for line in lines if SCORE[config.task] in (record := json.loads(line))]
+def read_log(out: Path) -> list[Record]:
+    """What every step of a run logged."""
+    return [json.loads(line) for line in log_lines(out)]
 
 
-def best_record(out: Path, config: FinetuneConfig) -> Record:
-    """What was measured on the weights that are kept: of equal scores the last."""
-    return max(reversed(validations(out, config)), key=lambda record: record[SCORE[config.task]], default={})
+def best_record(log: Sequence[Record], config: FinetuneConfig) -> Record:
+    """What was measured on the weights that are kept: of equal scores the last; nothing without a validation."""
+    score = SCORE[config.task]
+    return max((record for record in reversed(log) if score in record), key=lambda record: record[score], default={})
 
 
-def draw_run(out: Path, config: FinetuneConfig) -> None:
+def draw_run(out: Path, config: FinetuneConfig, log: list[Record]) -> None:
     """Learning curves, where matplotlib is installed."""
     if find_spec("matplotlib") is None:
         return
-    log = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
-    names = [name for name in best_record(out, config) if name.partition("_")[0] in MEASURED]
+    names = [name for name in best_record(log, config) if name.partition("_")[0] in MEASURED]
     title = f"{out.name}: {config.task}, {'from scratch' if config.from_scratch else config.mode}"
     curves_picture(log, out / "curves.png", title=title, panels={"held-out cases": names} if names else {})

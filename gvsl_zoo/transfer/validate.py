@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +17,45 @@ from .data import Example, middle_box
 SCORE = {"segmentation": "dice", "classification": "auc"}  # by which the best weights are chosen
 
 
+class Hurried(Exception):
+    """Ends a validation before its end."""
+
+
 def validate(
-    net: nn.Module, examples: Sequence[Example], labels: Sequence[Label], config: FinetuneConfig, crop: Sequence[int]
+    net: nn.Module,
+    examples: Sequence[Example],
+    labels: Sequence[Label],
+    config: FinetuneConfig,
+    crop: Sequence[int],
+    hurried: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Scores by name, each in [0, 1]: `dice` and `dice_NAME` a class; or `accuracy` and `auc`.
+
+    Nothing if it is `hurried`, which is asked before every window, before the end.
 
     Dice is a mean over the cases that hold the class or are said to, on the model's grid. AUC is that of each class
     against the others, their mean; without two classes among the cases, the accuracy again.
     """
     precision = "bf16" if config.bf16 and config.mode == "full" else "float32"
-    if config.task == "classification":
-        return _classes(net, examples, len(labels), precision, crop)
+
+    def ask(*_: Any) -> None:
+        if hurried():
+            raise Hurried
+
+    asking = net.register_forward_pre_hook(ask)
+    try:
+        if config.task == "classification":
+            return _classes(net, examples, len(labels), precision, crop)
+        return _segmentations(net, examples, labels, precision, crop)
+    except Hurried:
+        return {}
+    finally:
+        asking.remove()
+
+
+def _segmentations(
+    net: nn.Module, examples: Sequence[Example], labels: Sequence[Label], precision: str, crop: Sequence[int]
+) -> dict[str, float]:
     sums, counts = torch.zeros(2, len(labels), dtype=torch.float64)
     for example in examples:
         table = confusion(_segmented(net, example, precision, crop), example.target, len(labels)).double()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,6 @@ class Pair:
         folder: where the files that the page reads are written; the caller removes it.
         warped: the moving scan on the fixed one's grid, if there is one.
         names: of "fixed", "moving" and "model", as the page calls them.
-
-    Errors: ArgumentError for a warped scan on another grid.
     """
 
     def __init__(
@@ -45,11 +43,6 @@ class Pair:
         warped: Volume | None = None,
         names: Mapping[str, str],
     ) -> None:
-        if warped and (warped.data.shape != fixed.shape or not np.allclose(warped.affine, fixed.affine, atol=1e-3)):
-            cause = (
-                f"the warped scan's grid, {warped.data.shape}, is not the fixed one's, {fixed.shape}, or lies elsewhere"
-            )
-            raise ArgumentError(cause, "warp the moving scan onto the fixed one first: gvsl-zoo warp")
         self.scans = {"fixed": fixed, "moving": moving}
         self.warped, self.matcher, self.names, self.folder = warped, matcher, dict(names), folder
         self.ranges = {name: _range(scan) for name, scan in self.scans.items()}
@@ -77,14 +70,19 @@ class Pair:
                 write_volume(self._volume(name.removesuffix(".nii")), path)
         return path
 
-    def match(self, scan: str, point_mm: list[float]) -> dict[str, Any]:
+    def match(
+        self, scan: str, point_mm: list[float], awaited: Callable[[], bool] = lambda: True
+    ) -> dict[str, Any] | None:
         """The match of a point of "fixed" or "moving" in the other, with its heat map, for JSON.
 
-        Without a match the point is None. Errors: ArgumentError for a point outside its scan.
+        Without a match the point is None. A question that is no longer `awaited` when its turn comes is not answered.
+        Errors: ArgumentError for a point outside its scan.
         """
         back = scan == "moving"
         point = np.array(point_mm, np.float64)
         with self._lock:  # one search at a time: each takes all threads
+            if not awaited():
+                return None
             found = self.matcher.match(point[None], back=back)
             heat = self.matcher.heat(point, back=back, grid="model")
         step = -(-max(heat.shape) // HEAT_VOXELS)
@@ -107,7 +105,8 @@ class Pair:
 
     def _volume(self, name: str) -> Volume:
         if name in self.scans:
-            return self.scans[name]
+            scan = self.scans[name]
+            return Volume(scan.data, scan.affine)  # without its header, of which NiiVue may take another form
         which, style = name.split("-")
         fixed = self.scans["fixed"]
         laid = self.warped if which == "warped" and self.warped else self._as_headers_say()
@@ -120,7 +119,11 @@ class Pair:
         return Volume(grey, fixed.affine)
 
     def _as_headers_say(self) -> Volume:
-        return warp_volume(self.scans["moving"], Affine(np.eye(4)), Grid.of(self.scans["fixed"]))
+        try:
+            return warp_volume(self.scans["moving"], Affine(np.eye(4)), Grid.of(self.scans["fixed"]))
+        except ArgumentError:
+            cause = "as their headers place them, the scans do not overlap"
+            raise ArgumentError(cause, "lay the warped one over: gvsl-zoo view --register") from None
 
 
 def _range(scan: Volume) -> tuple[float, float]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
+import select
 import shutil
+import socket
 import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -53,6 +55,8 @@ def page_files() -> dict[str, Path]:
 class PageServer(ThreadingHTTPServer):
     """Serves one pair of scans to the browsers of this machine; `url` is the only way in.
 
+    It holds its port from the start; its `pair` is set before it serves.
+
     Answered are GET of the page, its scans and overlays, and POST of a question to `match`; requests without the token,
     for another host (a name that was made to point here) or from another origin are refused.
 
@@ -61,9 +65,10 @@ class PageServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    pair: Pair
 
-    def __init__(self, pair: Pair, port: int = 0) -> None:
-        self.pair, self.page = pair, page_files()
+    def __init__(self, port: int = 0) -> None:
+        self.page = page_files()
         self.token = secrets.token_urlsafe(32)
         try:
             super().__init__(("127.0.0.1", port), _Handler)
@@ -114,14 +119,23 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"ask in at most {LONGEST_QUESTION} bytes")
         else:
             try:
-                self._answer_json(HTTPStatus.OK, self.server.pair.match(*_question(self.rfile.read(int(length)))))
+                found = self.server.pair.match(*_question(self.rfile.read(int(length))), self._awaited)
             except ArgumentError as error:
                 self._refuse(HTTPStatus.BAD_REQUEST, str(error))
+            else:
+                if found:
+                    self._answer_json(HTTPStatus.OK, found)
+
+    def _awaited(self) -> bool:
+        """Whether the browser still holds the connection: it hangs up when the crosshair has moved on."""
+        told, _, _ = select.select([self.connection], [], [], 0)
+        return not told or bool(self.connection.recv(1, socket.MSG_PEEK))
 
     def _asked_for(self) -> str | None:
         """The name behind the token; None when the request was refused."""
         port = self.server.server_port
-        hosts = (f"127.0.0.1:{port}", f"localhost:{port}")
+        names = ["127.0.0.1", "localhost"]
+        hosts = [f"{name}:{port}" for name in names] + (names if port == 80 else [])  # which browsers leave out
         _, _, rest = self.path.partition("/")
         token, slash, name = rest.partition("/")
         origin = self.headers.get("Origin")

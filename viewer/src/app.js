@@ -3,6 +3,7 @@ import { NVImage, Niivue, SHOW_RENDER } from '@niivue/niivue'
 
 const CHOSEN = [0.42, 0.72, 1, 1] // crosshair of the scan in which the point was chosen
 const MATCH = [1, 0.75, 0.25, 1] // and of the other one
+const UNMATCHED = [0.5, 0.55, 0.6, 1] // as long as it is at no match
 const REST_MS = 120 // a crosshair that is dragged asks when it rests
 const LARGE_STEP = 5 // voxels
 const STEPS = {
@@ -80,7 +81,7 @@ async function open(side, { name, description, range }) {
     find(`${side}-place`).textContent = millimetres([...mm].slice(0, 3))
     if (!following) ask(side, [...mm].slice(0, 3))
   }
-  find(`${side}-place`).textContent = millimetres([...viewer.frac2mm(viewer.scene.crosshairPos)].slice(0, 3))
+  find(`${side}-place`).textContent = millimetres([...viewer.frac2mm(viewer.scene.crosshairPos, 0, true)].slice(0, 3))
   canvas.addEventListener('keydown', (event) => step(event, viewer), { capture: true })
 }
 
@@ -99,7 +100,8 @@ function ask(side, point) {
   asking?.abort()
   asking = new AbortController()
   mark(side, 'Chosen:', CHOSEN)
-  mark(other(side), 'Match:', MATCH)
+  mark(other(side), 'Crosshair:', UNMATCHED)
+  rate(null)
   say('matching', 'Matching …')
   const { signal } = asking
   setTimeout(() => signal.aborted || attempt(() => match(side, point, signal)), REST_MS)
@@ -110,29 +112,34 @@ function mark(side, text, colour) {
   viewers[side].setCrosshairColor(colour)
 }
 
+function rate(confidence) {
+  find('confidence').value = confidence ?? 0
+  find('confidence-number').value = confidence?.toFixed(2) ?? '–'
+}
+
 async function match(side, point_mm, signal) {
   const body = JSON.stringify({ scan: side, point_mm })
   const response = await fetch('match', { method: 'POST', headers: { 'Content-Type': 'application/json' }, body, signal })
   const found = await response.json()
-  if (!response.ok) throw new Error(found.error)
-  const heat = await NVImage.loadFromBase64({
-    base64: found.heat,
-    name: 'heat.nii',
-    colormap: 'heat',
-    cal_min: 0,
-    cal_max: 254,
-    opacity: heatOpacity(),
-  })
+  const heat = response.ok ? await heatMap(found.heat) : null
   if (signal.aborted) return
-  find('confidence').value = found.confidence
-  find('confidence-number').value = found.confidence.toFixed(2)
-  if (found.point_mm) go(other(side), found.point_mm)
-  drop(side, heats[side])
-  drop(other(side), heats[other(side)])
-  delete heats[side]
+  for (const one of ['fixed', 'moving']) {
+    drop(one, heats[one])
+    delete heats[one]
+  }
+  if (!heat) throw new Error(found.error)
   heats[other(side)] = heat
   viewers[other(side)].addVolume(heat)
+  rate(found.confidence)
+  if (found.point_mm) {
+    mark(other(side), 'Match:', MATCH)
+    go(other(side), found.point_mm)
+  }
   say('matched', found.point_mm ? reason(found) : `No match: this anatomy seems to lie outside the ${other(side)} scan.`)
+}
+
+function heatMap(base64) {
+  return NVImage.loadFromBase64({ base64, name: 'heat.nii', colormap: 'heat', cal_min: 0, cal_max: 254, opacity: heatOpacity() })
 }
 
 function reason({ similarity, return_mm }) {
@@ -142,7 +149,7 @@ function reason({ similarity, return_mm }) {
 function go(side, point) {
   const viewer = viewers[side]
   following = true
-  viewer.scene.crosshairPos = viewer.mm2frac([...point, 1])
+  viewer.scene.crosshairPos = viewer.mm2frac(point, 0, true) // true: in the world, whatever its axes
   viewer.createOnLocationChange()
   following = false
   viewer.drawScene()
@@ -162,17 +169,22 @@ async function showOverlay() {
   const [which, style] = [chosen('overlay'), chosen('style')]
   find('style').disabled = which === 'none'
   find('overlay').ariaBusy = 'true'
+  lay(null) // at once: the one before is never shown under the new name
   try {
     const image = which === 'none' ? null : await load(`${which}-${style}.nii`, style === 'blend' ? 'orange' : 'opaque')
     if (which !== chosen('overlay') || style !== chosen('style')) return // another was chosen meanwhile
-    drop('fixed', overlay)
-    overlay = image
-    if (!overlay) return
-    viewers.fixed.addVolume(overlay)
-    viewers.fixed.setVolume(overlay, 1) // below the heat map
+    lay(image)
   } finally {
     find('overlay').ariaBusy = 'false'
   }
+}
+
+function lay(image) {
+  drop('fixed', overlay)
+  overlay = image
+  if (!overlay) return
+  viewers.fixed.addVolume(overlay)
+  viewers.fixed.setVolume(overlay, 1) // below the heat map
 }
 
 async function load(name, colormap) {

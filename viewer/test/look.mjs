@@ -62,12 +62,13 @@ async function onScreen(side, [right, down]) {
 }
 
 function look() {
-  const place = (side) => [...globalThis.viewers[side].frac2mm(globalThis.viewers[side].scene.crosshairPos)].slice(0, 3)
+  const place = (side) => [...globalThis.viewers[side].frac2mm(globalThis.viewers[side].scene.crosshairPos, 0, true)].slice(0, 3)
   return {
     state: document.body.dataset.state,
     status: document.getElementById('status').textContent,
     fixed: place('fixed'),
     moving: place('moving'),
+    marks: [...document.querySelectorAll('.what')].map(({ textContent }) => textContent),
     confidence: document.getElementById('confidence').value,
     layers: Object.fromEntries(Object.entries(globalThis.viewers).map(([side, { volumes }]) => [side, volumes.map(({ name }) => name)])),
     focus: document.activeElement.id || document.activeElement.value || '',
