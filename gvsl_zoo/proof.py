@@ -154,7 +154,7 @@ def prove(
         remedy = "give a backbone, a whole module or a trained head"
         raise ArgumentError(f"a {type(model).__name__} cannot be proved", remedy)
     copied = copy.deepcopy(model).to("cpu", stored).float().eval()
-    copied.preprocessing = recipe or recipe_of(model)  # type: ignore[assignment]
+    copied.preprocessing = recipe or recipe_of(model)
     spacing_mm = None
     if isinstance(copied.preprocessing, Preprocessing):
         z, y, x = copied.preprocessing.spacing_mm or (1.0, 1.0, 1.0)
