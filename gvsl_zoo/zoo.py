@@ -451,7 +451,8 @@ def _save(
         if not tensor.isfinite().all():
             raise WeightsError(f"{name} holds NaN or Inf as {dtype}", "do not save this model")
     if (given is None or isinstance(model, HeadedModel)) and not _as_loaded(model):
-        entry = _without_others(entry, getattr(model, "entry", None), drawn=_drawn(model))
+        origin = model if hasattr(model, "entry") else _backbone(model)  # a head may be around what was loaded
+        entry = _without_others(entry, getattr(origin, "entry", None), drawn=_drawn(origin))
     if isinstance(model, Backbone):
         entry = replace(entry, heads=(), labels=())
     count = sum(tensor.numel() for tensor in tensors.values())

@@ -494,7 +494,10 @@ def test_channels_of_one_scan_lie_beside_each_other(tmp_path: Path) -> None:
         (("x_0000",), "x_0000.nii.gz for a model of 2 channels; add x_0001"),
         (("x_0001",), "x_0001.nii.gz for a model of 2 channels; add x_0000"),
         (("x_0001", "x_0002"), "x_0001.nii.gz, x_0002.nii.gz for a model of 2 channels; add x_0000"),
-        (("x", "x_0000"), "x.nii.gz, x_0000.nii.gz for a model of 2 channels; keep one file a channel: x_0000, x_0001"),
+        (
+            ("x", "x_0000"),
+            "x.nii.gz, x_0000.nii.gz for a model of 2 channels; give one file a channel, in order: x_0000, x_0001",
+        ),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
 )
@@ -510,6 +513,32 @@ def test_a_scan_that_lacks_a_channel_is_told_and_stops_no_other(
     found, other = segment_folder(tmp_path / "scans", tmp_path / "out", model)
     assert found.get("error") == error and "error" not in other
     assert (tmp_path / "out" / "x.nii.gz").exists() == (error is None)
+
+
+@pytest.mark.parametrize(
+    ("files", "remedy"),
+    [
+        (("x_0000",), "add x_0001"),
+        (("x_0001", "x_0000"), "give one file a channel, in order: x_0000, x_0001"),
+        (("x_0000", "x_0001"), None),
+        (("t1", "t2"), None),
+    ],
+)
+def test_the_channels_of_scans_given_by_hand_are_what_their_names_say(
+    tmp_path: Path, files: tuple[str, ...], remedy: str | None
+) -> None:
+    model = Thresholds(None)
+    model.in_chans = 2  # type: ignore[assignment]
+    model.forward = lambda x: Thresholds.forward(model, x[:, :1])  # type: ignore[method-assign]
+    for name in files:
+        write_volume(phantom((6, 6, 6)), tmp_path / f"{name}.nii.gz")
+    job = Job(tuple(tmp_path / f"{name}.nii.gz" for name in files), tmp_path / "out.nii.gz")
+    if remedy:
+        with pytest.raises(ArgumentError, match=remedy):
+            segment_file(job, model)
+    else:
+        segment_file(job, model)
+    assert (tmp_path / "out.nii.gz").exists() == (remedy is None)
 
 
 @pytest.mark.parametrize("output", ["scans", "scans/../scans/", "absolute"])

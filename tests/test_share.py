@@ -33,6 +33,7 @@ from gvsl_zoo import from_pretrained, load, model_info, push_to_hub, registry, s
 from gvsl_zoo.card import card_files, model_card
 from gvsl_zoo.demo import as_volume
 from gvsl_zoo.errors import ArgumentError, RegistryError, SourceError, WeightsError
+from gvsl_zoo.models.heads import SegmentationModel
 from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.pretrain.anatomy import sample_subject
 from gvsl_zoo.proof import verify_maths
@@ -342,11 +343,14 @@ def test_the_shape_of_the_authors_model_may_be_published_with_weights_of_ones_ow
     assert load(f"hf-hub:{REPO}").entry.status == "available"
 
 
-def test_a_head_of_ones_own_takes_over_no_number_and_no_ledger(saved, tmp_path):
+@pytest.mark.parametrize("way", ["loaded with a head", "a head around what was loaded"])
+def test_a_head_of_ones_own_takes_over_no_number_and_no_ledger(saved, tmp_path, way):
     model = load(saved, task="segmentation", num_classes=2)
+    if way == "a head around what was loaded":
+        model = SegmentationModel(load(saved), 2)
     labels = tuple(Label(f"class {value}", value) for value in np.arange(2))
     rows = replace(MEASURED, data="own")
-    entry = replace(model.entry, heads=("segmentation",), labels=labels, evaluation=(*MINE.evaluation, rows))
+    entry = replace(load(saved).entry, heads=("segmentation",), labels=labels, evaluation=(*MINE.evaluation, rows))
     own = entry_of(open_weights(save_pretrained(model, tmp_path / "out", entry=entry)))
     assert (own.evaluation, own.sources, own.ledger.complete) == ((rows,), (), False)
     assert own.labels == (Label("class 0", 0), Label("class 1", 1)) and own.ledger.scans == MINE.ledger.scans

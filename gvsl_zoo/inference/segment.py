@@ -187,6 +187,8 @@ def segment_file(
     Errors: those of `segment`, and before its work VolumeError for a file that may not be written.
     """
     began, labels = time.perf_counter(), labels or trained_labels(model)
+    if None not in _channel_numbers(job):
+        _check_channels(job, channels_of(model))
     job.output.parent.mkdir(parents=True, exist_ok=True)
     check_outputs([job.output], job.scans, overwrite)
     check_record(job.output, overwrite)
@@ -277,15 +279,21 @@ def find_scans(folder: Path, output: Path, channels: int = 1) -> list[Job]:
 def _check_channels(job: Job, channels: int) -> None:
     """Refuse a scan that lacks the file of a channel: those that there are would silently stand for it."""
     names = [_stem(scan, "").name for scan in job.scans]
-    numbers = [int(match[1]) if (match := CHANNEL.search(name)) else None for name in names]
+    numbers = _channel_numbers(job)
     if channels == 1 or numbers in ([None], list(range(channels))):
         return
-    wanted = [f"{_stem(job.output, '').name}_{number:04}" for number in range(channels)]
+    wanted = [f"{CHANNEL.sub('', names[0])}_{number:04}" for number in range(channels)]
     missing = [] if None in numbers else [name for name in wanted if name not in names]
     raise ArgumentError(
         f"{listed([scan.name for scan in job.scans])} for a model of {channels} channels",
-        f"add {listed(missing)}" if missing else f"keep one file a channel: {listed(wanted)}",
+        f"add {listed(missing)}" if missing else f"give one file a channel, in order: {listed(wanted)}",
     )
+
+
+def _channel_numbers(job: Job) -> list[int | None]:
+    """The channel that the name of each scan tells."""
+    found = (CHANNEL.search(_stem(scan, "").name) for scan in job.scans)
+    return [int(match[1]) if match else None for match in found]
 
 
 def _stem(path: Path, suffix: str) -> Path:

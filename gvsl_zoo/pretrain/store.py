@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, VolumeError
+from ..ledger import MOST_LISTED
 from ..registry import Ledger
 from ..volume import CT_WINDOW_HU
 from .bucket import COPY_AGAIN, VOXEL, Bucket, is_url
@@ -41,7 +42,6 @@ RANGES = {  # of the numbers stored: what becomes 0 and what 1
     "grey": (0, 255),
 }
 LEDGER = "ledger.npy"
-MOST_LISTED = 10_000  # scans that an entry lists: 0.7 MB of its text
 OPEN_SHARDS = 256  # mapped at a time: each holds a file descriptor, of which a process often has 1024
 ENTRY = np.dtype(
     [
