@@ -20,7 +20,7 @@ from .losses import local_ncc_loss
 from .models.gemini import GEMINI, WholeModule
 from .pretrain.anatomy import FILM_LABELS, LABELS, Film, Subject, sample_film, sample_subject
 from .pretrain.augment import damage
-from .report import Row, draw, matching_row, middle, restoration_row, scan_rows
+from .report import Row, check_drawing, draw, matching_row, middle, restoration_row, scan_rows
 from .spatial import jacobian_determinant, warp
 from .volume import Prepared, Volume, check_outputs, write_volume
 
@@ -78,6 +78,7 @@ def run_demo(
     if not isinstance(model, WholeModule):
         cause = f"{type(model).__name__} has no matching and restoration heads"
         raise ArgumentError(cause, 'load the whole module: gvsl_zoo.load(name, task="pretraining")')
+    check_drawing()
     say = progress or (lambda text: None)
     out_dir = Path(out_dir)
     try:

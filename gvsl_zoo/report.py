@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import ArgumentError, GvslZooError
+from .errors import ArgumentError, GvslZooError, needs
 from .film import known_size, own_plane, together
 from .registry import Label
 from .transforms import Affine, Grid, warp_volume
@@ -372,13 +372,17 @@ def _panel(
     return Panel(plane(array, name, index), (row, column), caption, limits, LETTERS.get(name, ""), **style)
 
 
+def check_drawing() -> None:
+    """Refuse, before the work for a picture, to draw without matplotlib."""
+    needs("viz", "a picture", "matplotlib")
+
+
 def draw(rows: Sequence[Row], title: str, path: str | os.PathLike[str]) -> None:
     """Lay the rows out on one page, each panel in true proportions, and write it as a PNG file."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise GvslZooError("pictures need matplotlib", 'pip install "gvsl-zoo[viz]"') from error
+    check_drawing()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     scales = []  # inches a millimetre
     for row in rows:
         bars = sum(BAR for panel in row.panels if panel.bar)
@@ -610,11 +614,10 @@ def classes_picture(evaluation: Evaluation, path: str | os.PathLike[str]) -> Non
 
 def _figure(height: float, title: str) -> Any:
     """A figure of the usual width and `height` inches, or a GvslZooError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise GvslZooError("pictures need matplotlib", 'pip install "gvsl-zoo[viz]"') from error
+    check_drawing()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure((WIDTH, height), dpi=DPI, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, size=15, weight="bold", color=INK, parse_math=False)

@@ -240,6 +240,22 @@ def test_a_picture_is_a_png(folder, command):
     assert names_in(folder) == ["ct.nii.gz", "mask.nii.gz"]
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "features -i ct.nii.gz -o out.nii.gz --picture picture.PNG",
+        "segment -i ct.nii.gz -o out.nii.gz --support ct.nii.gz mask.nii.gz --picture picture.png",
+        "register --fixed ct.nii.gz --moving ct.nii.gz --warped-out out.nii.gz --picture picture.png",
+    ],
+)
+def test_a_picture_without_matplotlib_is_refused_before_the_work(folder, monkeypatch, call):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("gvsl_zoo.zoo.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("gvsl_zoo.errors.find_spec", lambda name: None if name == "matplotlib" else object())
+    refused(1, 'a picture needs matplotlib; pip install "gvsl-zoo[viz]"', *call.split())
+    assert names_in(folder) == ["ct.nii.gz", "mask.nii.gz"]
+
+
 def test_a_folder_that_may_not_be_written_to_is_refused_before_the_work(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr("gvsl_zoo.zoo.load", lambda *_, **__: pytest.fail("the model was loaded"))

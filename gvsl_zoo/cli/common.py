@@ -86,6 +86,15 @@ def check_ending(path: Path | None, *endings: str) -> None:
         raise ArgumentError(f"the output {path.name!r} has no ending for this", f"end it in {' or '.join(endings)}")
 
 
+def check_picture(path: Path | None) -> None:
+    """Refuse, before the work for it, a picture that cannot be drawn; None is no picture."""
+    from ..report import check_drawing
+
+    if path:
+        check_ending(path, ".png", ".PNG")
+        check_drawing()
+
+
 def show(facts: dict[str, Any], as_json: bool) -> None:
     """Print facts as JSON, or a line each; a pair is a before and an after, more are sizes."""
     if as_json:

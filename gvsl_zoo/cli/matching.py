@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import ArgumentError
-from .common import check_ending, load_for_registration, main, progress_bar, show, with_json, with_model
+from .common import check_ending, check_picture, load_for_registration, main, progress_bar, show, with_json, with_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,9 +85,9 @@ def register_command(
         (save_inverse, (".nii", ".nii.gz", ".h5")),
         (jacobian_out, (".nii", ".nii.gz")),
         (labels_out, images),
-        (picture, (".png",)),
     ):
         check_ending(path, *endings)
+    check_picture(picture)
     outputs = (warped_out, transform_out, affine_out, save_inverse, jacobian_out, labels_out, picture)
     check_outputs(outputs, (fixed, moving, fixed_mask, moving_mask, moving_labels), overwrite)
     model = load_for_registration(name, device)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..errors import ArgumentError
-from .common import check_ending, load_for_registration, main, progress_bar, show, with_json, with_model
+from .common import check_ending, check_picture, load_for_registration, main, progress_bar, show, with_json, with_model
 
 
 @main.command("features")
@@ -49,7 +49,7 @@ def features_command(
     if (mask and not pool) or (picture and pool):
         raise ArgumentError("--mask goes with --pool, --picture without it", "leave one of them out")
     check_ending(output, *((".npz", ".json") if pool else (".nii", ".nii.gz")))
-    check_ending(picture, ".png")
+    check_picture(picture)
     check_outputs((output, picture), (scan, mask), overwrite)
     model = load(name, device=device)
     with progress_bar("features") as progress:
@@ -145,7 +145,7 @@ def segment_command(
     if not folder:
         if not output.name.endswith((".nii", ".nii.gz")):
             raise ArgumentError(f"the output {output.name!r} is no label map", "end the name in .nii.gz or .nii")
-        check_ending(picture, ".png")
+        check_picture(picture)
         check_outputs((output, picture), (*scans, *labelled), overwrite)
         if not atlases:
             room.check_record(output, overwrite)
