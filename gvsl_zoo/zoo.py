@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,21 @@ class LoadReport:
         return text
 
 
+@overload
+def load(name: str | os.PathLike[str], *, features_only: Literal[True], **settings: Any) -> FeatureList: ...
+@overload
+def load(name: str | os.PathLike[str], *, task: Literal["segmentation"], **settings: Any) -> SegmentationModel: ...
+@overload
+def load(name: str | os.PathLike[str], *, task: Literal["classification"], **settings: Any) -> ClassificationModel: ...
+@overload
 def load(
+    name: str | os.PathLike[str], *, task: Literal["registration", "pretraining"], **settings: Any
+) -> GVSL | GEMINI: ...
+@overload
+def load(name: str | os.PathLike[str], *, task: Literal["backbone"] = ..., **settings: Any) -> Backbone: ...
+@overload
+def load(name: str | os.PathLike[str], *, task: str, **settings: Any) -> Any: ...
+def load(  # type: ignore[misc]  # the settings of the overloads are these
     name: str | os.PathLike[str],
     *,
     task: str = "backbone",

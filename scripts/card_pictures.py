@@ -157,7 +157,7 @@ def shrunk(path: Path) -> int:
         palette = small.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3)
         dithered = small.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
         colours = np.reshape(dithered.getpalette(), (-1, 3))
-        colours[dithered.getpixel((0, 0))] = 255  # the page stays white
+        colours[np.asarray(dithered)[0, 0]] = 255  # the page stays white
         dithered.putpalette(colours.ravel().tolist())
         dithered.save(content, "PNG", optimize=True)
     write_whole(path, content.getvalue())

@@ -161,6 +161,29 @@ def test_the_wheel_holds_what_is_needed_and_no_more(wheel):
     assert wheel.stat().st_size < 7_000_000
 
 
+TYPED = """
+from gvsl_zoo import load
+
+net = load("gvsl-unet-ct-nano")
+print(net(net.preprocess("scan.nii.gz")), net.entry.name, net.cite())
+segmentation = load("gvsl-unet-ct-nano", task="segmentation", num_classes=3)
+print(segmentation.parameter_groups(1e-2), segmentation.backbone.freeze())
+print(load("gvsl-unet-ct-nano", features_only=True, out_indices=(0, 1)).feature_info.channels())
+print(load("gvsl-unet-ct-nano", task="registration", device="cpu").backbone)
+load("gvsl-unet-ct-nano", task="classification", num_classes=2).reset_haed(3)
+"""
+
+
+@pytest.mark.slow
+def test_code_that_loads_models_has_types(tmp_path):
+    pytest.importorskip("mypy", reason="comes with gvsl-zoo[dev]")
+    (tmp_path / "own.py").write_text(TYPED)
+    call = [sys.executable, "-m", "mypy", "--no-incremental", "--strict", "own.py"]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.count(" error: ") == 1, done.stdout
+    assert done.stdout.startswith("own.py:10: error: "), done.stdout
+
+
 @pytest.mark.slow
 def test_a_wheel_made_from_the_source_distribution_holds_the_same(wheel, tmp_path):
     with tarfile.open(built("sdist", ROOT, tmp_path)) as archive:

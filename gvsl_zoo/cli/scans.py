@@ -41,6 +41,7 @@ def features_command(
     as_json: bool,
 ) -> None:
     """Compute the features of a scan: dense on its grid, or pooled."""
+    from ..film import FilmPreprocessing
     from ..inference import features as room
     from ..report import features_picture
     from ..volume import check_outputs, write_volume
@@ -65,7 +66,8 @@ def features_command(
     facts = {"output": str(output), "shape": list(volume.data.shape), "model": str(name)}
     if picture:
         components = room.principal_components(dense, room.body(prepared, model))
-        features_picture(prepared, components, picture, title=f"{scan.name}, {name}")
+        film = isinstance(room.recipe_of(model), FilmPreprocessing)
+        features_picture(prepared, components, picture, film=film, title=f"{scan.name}, {name}")
         facts["picture"] = str(picture)
     show(facts, as_json)
 
@@ -205,7 +207,12 @@ def segment_command(
     help="A scan, or a film for a model of films; default synthetic.",
 )
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("demo"),
+    show_default=True,
+    help="Folder; the files of an earlier demonstration in it are replaced.",
 )
 @with_model
 @with_json
@@ -219,6 +226,6 @@ def demo_command(scan: Path | None, output: Path, name: str, device: str, as_jso
     model = load(name, task="pretraining", device=device)
     say = None if as_json else lambda line: click.echo(line, err=True)
     given = read_for(scan, recipe_of(model)) if scan else None
-    result = run_demo(model, output, given, say)  # type: ignore[arg-type]
+    result = run_demo(model, output, given, say)
     facts = {k: str(v) if isinstance(v, Path) else v for k, v in result._asdict().items()}
     show(facts, as_json)

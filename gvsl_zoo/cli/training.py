@@ -127,7 +127,7 @@ def pretrain_command(
         show(estimate(config, real, device, workers), as_json)
         return
     with training_bar(config.steps) as progress:
-        pretrain(config, out, real, device=device, workers=workers, init=start, progress=progress)  # type: ignore[arg-type]
+        pretrain(config, out, real, device=device, workers=workers, init=start, progress=progress)
     if is_first():
         show(finished(out), as_json)
 

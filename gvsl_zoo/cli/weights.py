@@ -171,8 +171,8 @@ def push_command(name: str, repo: str, private: bool, branch: str | None, messag
 
     if not (is_path(name) or name.startswith(PREFIX)):
         check_publishable(model_info(name))  # before it is downloaded
-    model = load(name, task=widest_task(load(name).entry))  # type: ignore[arg-type]
-    stored = getattr(torch, str(model.load_report.stored_dtype), torch.float32)  # type: ignore[union-attr]
+    model = load(name, task=widest_task(load(name).entry))
+    stored = getattr(torch, str(model.load_report.stored_dtype), torch.float32)
     path = Path(name).expanduser() if is_path(name) else None
     beside = path if path and path.is_dir() else None
     report = push_to_hub(

@@ -331,7 +331,7 @@ class Trainings:
         draws = list(dict.fromkeys(map(self._taken, cells)))
         drawn = list(dict.fromkeys(itertools.chain.from_iterable(draws)))
         for model in dict.fromkeys(self.shapes.get(cell.arm, cell.arm) for cell in cells):
-            given = input_of(self.config, load(model).entry)  # type: ignore[arg-type]
+            given = input_of(self.config, load(model).entry)
             examples = prepare_cases(drawn, labels, given, self.out, complete=complete, cache=self.cache)
             example_of = dict(zip(drawn, examples, strict=True))
             for cases in draws:
