@@ -246,6 +246,16 @@ def test_the_command_scores_synthetic_organs_and_its_exit_code_tells_of_a_missin
     assert (tmp_path / "out/scores.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_label_that_a_data_set_calls_by_its_number_is_scored(tmp_path):
+    values = (cube([2, 2, 2]) + 2 * cube([12, 12, 12])).astype(np.uint8)
+    write(tmp_path / "set/labelsTr", "a", values)
+    write(tmp_path / "set/imagesTr", "a_0000", values)
+    named = {"labels": {"background": 0, "1": 1, "tumour": 2}, "channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}
+    (tmp_path / "set/dataset.json").write_text(json.dumps(named))
+    write(tmp_path / "predicted", "a", values)
+    assert evaluate(tmp_path / "predicted", tmp_path / "set").labels == ("1", "tumour")
+
+
 def test_where_a_data_set_names_no_labels_those_of_the_predictions_count(tmp_path):
     """As after `finetune --labels`, for which other values are background."""
     values = (cube([2, 2, 2]) + 2 * cube([12, 12, 12])).astype(np.uint8)

@@ -63,12 +63,14 @@ class Cases:
     Args:
         labels: the classes, in the order of their values; in a segmentation the background is the first.
         complete: whether `labels` name every value that label files may hold; otherwise others are background.
+        named: whether somebody named the labels; otherwise they are the values that label files hold.
     """
 
     task: str
     cases: tuple[Case, ...]
     labels: tuple[Label, ...]
     complete: bool = True
+    named: bool = True
 
     def __iter__(self) -> Iterator[Case]:
         return iter(self.cases)
@@ -118,10 +120,11 @@ def read_cases(
     if not cases:
         raise ArgumentError(f"{str(path)!r} holds no case", f"put {', '.join(ENDINGS)} files there")
     _check_cases(cases, path)
-    if labels is None and named is None:
-        named = {str(value): value for value in _values(cases) if value}
-    given = dict(labels if labels is not None else named or {})
-    return Cases(task, tuple(cases), _labels(given, task), complete=labels is None)
+    given = labels if labels is not None else named
+    if given is None:
+        found = {str(value): value for value in _values(cases) if value}
+        return Cases(task, tuple(cases), _labels(found, task), named=False)
+    return Cases(task, tuple(cases), _labels(dict(given), task), complete=labels is None)
 
 
 def split_cases(cases: Cases, *, seed: int = 0, validation: float = 0.2, subjects: int | None = None) -> Split:

@@ -283,7 +283,7 @@ def _reference_files(
         references = read_cases(path, labels=labels)
     cases = _to_score(references, Path)
     files = {case.name: Path(str(case.label)) for case in cases}
-    named = labels or {label.name: label.value for label in references.labels if label.name != str(label.value)}
+    named = labels or ({label.name: label.value for label in references.labels} if references.named else {})
     scans = {case.name: case.images for case in cases}
     subjects = {case.name: case.subject for case in cases}
     return files, {name: value for name, value in named.items() if value}, scans, subjects  # 0 is background
