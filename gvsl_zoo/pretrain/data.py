@@ -236,7 +236,7 @@ class Numbers:
 
 def processes_started() -> int:
     """How many processes a launcher such as torchrun started together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def is_first() -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -86,8 +87,9 @@ class Run:
             changed = [key for key, value in given.items() if before.get(key) != value and key not in DEALT]
             if changed:
                 listed = ", ".join(f"{key} {before.get(key)} -> {given[key]}" for key in changed)
+                same = " ".join(f"--set {key}={shlex.quote(json.dumps(before.get(key)))}" for key in changed)
                 raise ArgumentError(
-                    f"{self.folder} holds a run with other settings: {listed}", "use the same, or another folder"
+                    f"{self.folder} holds a run with other settings: {listed}", f"give {same}, or use another folder"
                 )
         else:
             self._write_settings()
