@@ -380,7 +380,8 @@ def test_registration_takes_the_way_from_the_moving_scan_to_the_fixed_one(traine
     model, fixed = load(folder, task="registration"), scan(1)
     shift = torch.tensor([0.0, 2.0, 0.0]).view(1, 3, 1, 1, 1)  # voxels along y
     both_ways = iter([-shift.expand(1, 3, 24, 24, 24), shift.expand(1, 3, 24, 24, 24)])
-    monkeypatch.setattr(model, "deform", lambda f_a, f_b: next(both_ways))
+    there = torch.zeros(1, 3, 24, 24, 24)  # what is left once they are brought together
+    monkeypatch.setattr(model, "deform", lambda f_a, f_b: next(both_ways, there))
     moving = Volume(np.roll(fixed.data, 2, 1), fixed.affine)
     monkeypatch.setattr("gvsl_zoo.inference.register.lay_over", lambda *_: Affine(np.eye(4)))
     found = register(moving, fixed, model)
