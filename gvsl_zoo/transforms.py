@@ -636,6 +636,14 @@ def _read_field(path: Path) -> Displacement:
     return Displacement(np.ascontiguousarray(volume.data, np.float32) * signs.astype(np.float32), Grid.of(volume))
 
 
+def is_sheared(grid: Grid) -> bool:
+    """Whether an image of ITK, whose axes are at right angles, puts a voxel a hundredth of one elsewhere, or more."""
+    header = nib.Nifti1Header()
+    header.set_qform(grid.affine, code=1)
+    apart = np.abs((header.get_qform() - grid.affine) @ [*grid.shape, 1]).max()
+    return bool(apart > 0.01 * min(grid.spacing_mm))
+
+
 def _write_field(displacement: Displacement, path: Path) -> None:
     """A NIfTI file, plane by plane; qform and sform say the same."""
     header = nib.Nifti1Header(endianness="<")
@@ -648,8 +656,7 @@ def _write_field(displacement: Displacement, path: Path) -> None:
     header.set_slope_inter(1, 0)
     header["pixdim"][4:] = 1
     header["vox_offset"], header["magic"] = header.single_vox_offset, header.single_magic
-    sheared = np.abs((header.get_qform() - displacement.grid.affine) @ [*displacement.grid.shape, 1]).max()
-    if sheared > 0.01 * min(displacement.grid.spacing_mm):
+    if is_sheared(displacement.grid):
         raise ArgumentError("the grid is sheared, which ITK's images cannot be", "use to_displacement on another grid")
     with nifti_stream(path) as stream:
         stream.write(header.binaryblock + bytes(4))

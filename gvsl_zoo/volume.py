@@ -249,12 +249,13 @@ def check_grid(volume: Volume, role: str, other: Volume, other_role: str) -> Non
     remedy = f"resample {role} onto the grid of {other_role} (same shape and affine)"
     if volume.data.shape != other.data.shape:
         raise VolumeError(f"{a} has {volume.data.shape} voxels, {b} {other.data.shape}", remedy)
-    axes, other_axes = ("".join(nib.orientations.aff2axcodes(one.affine)) for one in (volume, other))
-    if axes != other_axes:
-        raise VolumeError(f"{a} has the axes {axes}, {b} {other_axes}", remedy)
     apart = _apart_mm(volume.affine, other.affine, volume.shape)
     if apart > GRID_TOLERANCE * min(other.spacing_mm):
-        raise VolumeError(f"{a} lies up to {apart:.3g} mm beside {b}", remedy)
+        axes, other_axes = ("".join(nib.orientations.aff2axcodes(one.affine)) for one in (volume, other))
+        where = (
+            f"has the axes {axes}, {b} {other_axes}" if axes != other_axes else f"lies up to {apart:.3g} mm beside {b}"
+        )
+        raise VolumeError(f"{a} {where}", remedy)
 
 
 def _apart_mm(affine: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:

@@ -190,11 +190,11 @@ def test_a_prediction_on_another_grid_is_refused_by_the_name_of_its_case(folders
     moved = AFFINE.copy()
     moved[0, 3] = 1.0
     write(folders / "predicted", "c", cube([2, 2, 2]), moved)
-    with pytest.raises(VolumeError, match=r"case 'c': prediction and reference lie up to 1 mm apart"):
+    with pytest.raises(VolumeError, match=r"the prediction 'c.nii.gz' lies up to 1 mm beside the reference"):
         evaluate(folders / "predicted", folders / "truth")
     (folders / "predicted/c.nii.gz").unlink()
     write(folders / "predicted", "c", cube([2, 2, 2], shape=(24, 24, 20)))
-    with pytest.raises(VolumeError, match=r"case 'c': the prediction has \(24, 24, 20\) voxels"):
+    with pytest.raises(VolumeError, match=r"the prediction 'c.nii.gz' has \(24, 24, 20\) voxels"):
         evaluate(folders / "predicted", folders / "truth")
 
 

@@ -207,10 +207,13 @@ def spoilt(folder, scans, **changed):
 @pytest.mark.parametrize(
     ("changed", "match"),
     [
-        ({"affine": np.diag([MM, MM, MM + 1, 1])}, r"other\.nii' lies up to 19 mm beside 'image\.nii'; resample it"),
+        (
+            {"affine": np.diag([MM, MM, MM + 1, 1])},
+            r"other\.nii' lies up to 19 mm beside the scan 'image\.nii'; resample",
+        ),
         (
             {"array": np.zeros((3, 4, 5), np.int16)},
-            r"other\.nii' has \(3, 4, 5\) voxels, 'image\.nii' has \(24, 18, 20\)",
+            r"other\.nii' has \(3, 4, 5\) voxels, the scan 'image\.nii' \(24, 18, 20\)",
         ),
     ],
     ids=["moved", "cut"],

@@ -130,16 +130,10 @@ def register_command(
 
 
 def check_directions(path: Path | None, grid: Grid) -> None:
-    """Refuse a displacement on a sheared grid for NIfTI, which ITK takes to have axes at right angles; None is no file.
+    """Refuse a displacement on a sheared grid for NIfTI before the work for it; None is no file."""
+    from ..transforms import is_sheared
 
-    The limit is a hundredth of a voxel over the whole grid, or less.
-    """
-    import numpy as np
-
-    directions = grid.affine[:3, :3] / grid.spacing_mm
-    slant = np.abs(directions.T @ directions - np.eye(3)).max()
-    sheared = slant * np.max(np.multiply(grid.shape, grid.spacing_mm)) > 0.01 * min(grid.spacing_mm)
-    if path and path.suffix != ".h5" and sheared:
+    if path and path.suffix != ".h5" and is_sheared(grid):
         cause = f"the output {path.name!r} has no place for the grid of a sheared scan"
         raise ArgumentError(cause, "end it in .h5, or resample the scan on axes at right angles")
 

@@ -29,14 +29,13 @@ from ..inference.segment import prepare_channels, segment, trained_window
 from ..inference.sliding import device_of, evaluate, sliding_window
 from ..ledger import check_unseen, ledger_of
 from ..report import bench_picture
-from ..volume import Prepared, Volume
+from ..volume import Prepared, Volume, check_grid
 from ..weights import write_whole
 from ..zoo import load
 from .cases import Case, Cases, files_hash, read_labels, split_cases
 from .config import FinetuneConfig
 from .data import Cache, middle_box, prepare_cases
 from .entry import input_of
-from .evaluate import check_grids
 from .finetune import build, check_classes, finetune, frozen_features
 from .statistics import compare, holm, subject_means
 
@@ -401,7 +400,7 @@ class Trainings:
     def _dice(self, case: Case, found: Volume) -> Detail:
         assert isinstance(case.label, Path)
         truth = read_labels(case.label)
-        check_grids(case.name, found, truth)
+        check_grid(found, "the prediction", truth, "the reference")
         return dice_of_labels(found.data, truth.data, {label.name: label.value for label in self.pool.labels})
 
     def _grid(self, model: Any, case: Case) -> Prepared:

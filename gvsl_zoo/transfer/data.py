@@ -25,13 +25,12 @@ from ..film import FilmPreprocessing, flattened, prepare_scan, read_film
 from ..pretrain.augment import apply_pose, sample_pose
 from ..pretrain.data import seeded
 from ..registry import Input, Intensity, Label
-from ..volume import InputWarning, Prepared, Preprocessing, Volume, read_volume
+from ..volume import InputWarning, Prepared, Preprocessing, Volume, check_grid, read_volume
 from .cases import Case, read_labels
 from .config import FinetuneConfig
 
 MEMORY_BYTES = 4 * 2**30  # of prepared scans; those beyond lie in files without a name, which end with the process
 PLACES = 10_000  # voxels of a class and case that patches are centred on; Isensee et al. 2021
-GRID_TOLERANCE = 0.1  # of a voxel: what rounding in headers may do to a grid
 MARGIN = 0.25  # of a crop, beyond each of its faces: what turning and scaling bring in
 # Changes of appearance, our choice; all are scaled by the strength of the augmentation
 GAIN, SHIFT, GAMMA, NOISE = 0.15, 0.05, 0.25, 0.02  # relative; of the intensity range; log; SD
@@ -139,8 +138,8 @@ def _channels(case: Case, given: Input) -> tuple[Tensor, list[Volume], tuple[str
     recipe = _recipe(given)
     channels = [_prepared(path, recipe) for path in case.images]
     sources = [channel.source for channel in channels]
-    for path, source in zip(case.images, sources, strict=True):
-        _check_grid(path, source, case.images[0], sources[0])
+    for source in sources[1:]:
+        check_grid(source, "the channel", sources[0], "the scan")
     doubts = tuple(itertools.chain.from_iterable(channel.warnings for channel in channels))
     return flattened(torch.cat([channel.image[0] for channel in channels]), recipe), sources, doubts
 
@@ -168,7 +167,7 @@ def _classes(case: Case, sources: list[Volume], labels: tuple[Label, ...], compl
     path = case.label
     assert isinstance(path, Path)
     volume = read_labels(path)
-    _check_grid(path, volume, case.images[0], sources[0])
+    check_grid(volume, "the label map", sources[0], "the scan")
     classes = np.zeros(volume.shape, np.uint8)
     known = [label.value for label in labels]
     values = [int(value) for value in np.unique(volume.data)]
@@ -181,18 +180,6 @@ def _classes(case: Case, sources: list[Volume], labels: tuple[Label, ...], compl
     for value in set(values) & set(known):
         classes[volume.data == value] = known.index(value)
     return replace(volume, data=classes)
-
-
-def _check_grid(path: Path, volume: Volume, first_path: Path, first: Volume) -> None:
-    """Refuse a label or a channel that does not lie voxel on voxel on the scan."""
-    remedy = "resample it onto the scan's grid (same shape and affine)"
-    if volume.data.shape != first.data.shape:
-        cause = f"{str(path)!r} has {volume.data.shape} voxels, {first_path.name!r} has {first.data.shape}"
-        raise VolumeError(cause, remedy)
-    corners = np.array([(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in first.shape))]).T
-    apart = float(np.abs((volume.affine - first.affine) @ corners).max())
-    if apart > GRID_TOLERANCE * min(first.spacing_mm):
-        raise VolumeError(f"{str(path)!r} lies up to {apart:.3g} mm beside {first_path.name!r}", remedy)
 
 
 def _on_grid(classes: Volume, given: Input, shape: tuple[int, ...]) -> np.ndarray:

@@ -20,18 +20,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..errors import ArgumentError, GvslZooError, VolumeError, listed, needs
+from ..errors import ArgumentError, GvslZooError, listed, needs
 from ..inference.segment import comment_labels
 from ..ledger import check_unseen
 from ..report import classes_picture, scores_picture
-from ..volume import Volume
+from ..volume import Volume, check_grid
 from ..weights import write_whole
 from ..zoo import load
 from .cases import ENDINGS, Case, Cases, named_files, read_cases, read_labels, without_ending
 from .statistics import Interval, auc_interval, mean_interval, proportion_interval, subject_means
 
 TOLERANCE_MM = 2.0  # of the surface Dice
-GRID_TOLERANCE = 0.1  # of a voxel: what rounding in headers may do to a grid
 METRICS = {"dice": (0.0, 1.0), "hd95_mm": (0.0, math.inf), "surface_dice": (0.0, 1.0)}  # and their limits
 FOUND = ("both", "missed", "invented", "absent")
 Scans = dict[str, tuple[Path, ...]]  # of a case, a file a channel
@@ -350,7 +349,7 @@ def _pairs(predictions: Path, references: dict[str, Path]) -> tuple[dict[str, tu
 def _score_case(
     case: str, prediction: Volume, reference: Volume, known: Mapping[str, int], tolerance_mm: float
 ) -> list[Score]:
-    check_grids(case, prediction, reference)
+    check_grid(prediction, "the prediction", reference, "the reference")
     if not known:
         values = np.union1d(np.unique(prediction.data), np.unique(reference.data))
         known = {str(int(value)): int(value) for value in values if value}
@@ -361,19 +360,6 @@ def _score_case(
         volumes = (float(mask.sum()) * voxel_ml for mask in (true, predicted))
         scores.append(Score(case, name, overlap(predicted, true, reference.spacing_mm, tolerance_mm), *volumes))
     return scores
-
-
-def check_grids(case: str, prediction: Volume, reference: Volume) -> None:
-    """Raise a VolumeError that names the case unless both lie on one grid."""
-    remedy = "bring the prediction onto the reference's grid, as gvsl-zoo segment writes it"
-    if prediction.shape != reference.shape:
-        raise VolumeError(
-            f"case {case!r}: the prediction has {prediction.shape} voxels, the reference {reference.shape}", remedy
-        )
-    corners = np.array([(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in reference.shape))]).T
-    apart = float(np.abs((prediction.affine - reference.affine) @ corners).max())
-    if apart > GRID_TOLERANCE * min(reference.spacing_mm):
-        raise VolumeError(f"case {case!r}: prediction and reference lie up to {apart:.3g} mm apart", remedy)
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
