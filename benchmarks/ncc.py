@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import alternate, report
+from benchmarks.timing import add_device, alternate, report
 from gvsl_zoo.losses import STABILISER, local_ncc_loss
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 96])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
+    add_device(parser)
     options = parser.parse_args()
     losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"dense": dense_ncc_loss, "ours": local_ncc_loss}
     if find_spec("monai"):
@@ -71,7 +71,8 @@ def main() -> None:
         if name != "ours"
     }
     reference = f"dense, {options.sizes[-1]}^3"
-    report("ncc", medians, reference, ours_faster_than=ratios, gradient_error_against_float64=errors)
+    facts = {"ours_faster_than": ratios, "gradient_error_against_float64": errors}
+    report("ncc", medians, reference, device=options.device, **facts)
 
 
 if __name__ == "__main__":

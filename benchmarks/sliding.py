@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.step import peak_MiB
-from benchmarks.timing import alternate, report
+from benchmarks.timing import add_device, alternate, report
 from gvsl_zoo.inference.segment import segment
 from gvsl_zoo.inference.sliding import SIGMA_PER_WINDOW
 from gvsl_zoo.models.heads import SegmentationModel
@@ -69,12 +69,12 @@ def monais(image: Tensor, model: Callable[[Tensor], Tensor], window: int, precis
 
     position = torch.arange(window) - (window - 1) / 2
     along = torch.exp(-0.5 * (position / (window * SIGMA_PER_WINDOW)).square())
-    importance = along[:, None, None] * along[:, None] * along
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+    importance = (along[:, None, None] * along[:, None] * along).to(image.device)
+    with torch.inference_mode(), torch.autocast(image.device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits = sliding_window_inference(
             image, (window,) * 3, 1, model, OVERLAP, roi_weight_map=importance[None, None]
         )
-    return logits.argmax(1)[0].numpy()  # type: ignore[union-attr]
+    return logits.argmax(1)[0].cpu().numpy()  # type: ignore[union-attr]
 
 
 def with_recipe(model: nn.Module) -> nn.Module:
@@ -82,15 +82,15 @@ def with_recipe(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def outside(name: str, window: int) -> Callable[[], np.ndarray]:
+def outside(name: str, window: int, device: str) -> Callable[[], np.ndarray]:
     """A whole scan, of noise, with a network that takes no time."""
     shape = (2 * window, 2 * window, 3 * window // 2)
     volume = Volume(np.random.default_rng(0).integers(-1000, 1000, shape, np.int16), np.eye(4))
-    model = with_recipe(Constant(window))
+    model = with_recipe(Constant(window)).to(device)
     if name == "ours":
         return lambda: ours(volume, model, window)
     image = prepare(volume, Preprocessing()).image
-    return lambda: monais(image, model, window)
+    return lambda: monais(image.to(device), model, window)
 
 
 def main() -> None:
@@ -99,12 +99,13 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    add_device(parser)
     parser.add_argument("--alone", choices=("MONAI", "ours"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     window = options.window
     if options.alone:
-        run = outside(options.alone, window)
+        run = outside(options.alone, window, "cpu")
         if options.alone == "MONAI":
             import monai.inferers  # noqa: F401  its import is no work
         Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
@@ -118,21 +119,22 @@ def main() -> None:
     image = prepare(volume, Preprocessing()).image
     generator = torch.Generator().manual_seed(0)
     model = with_recipe(SegmentationModel(UNet(3, options.width, generator=generator), CLASSES, generator=generator))
+    model.to(options.device)
     labels: dict[str, np.ndarray] = {}
 
     def keep(name: str, run: Callable[[], np.ndarray]) -> Callable[[], None]:
         return lambda: labels.update({name: run()})
 
     contestants = {
-        "MONAI, float32": keep("MONAI, float32", lambda: monais(image, model, window)),
-        "MONAI, bf16": keep("MONAI, bf16", lambda: monais(image, model, window, "bf16")),
+        "MONAI, float32": keep("MONAI, float32", lambda: monais(image.to(options.device), model, window)),
+        "MONAI, bf16": keep("MONAI, bf16", lambda: monais(image.to(options.device), model, window, "bf16")),
         "ours, float32": keep("ours, float32", lambda: ours(volume, model, window)),
         "ours, bf16": keep("ours, bf16", lambda: ours(volume, model, window, "bf16")),
     }
     medians = alternate(contestants, options.rounds)
-    seconds = alternate({name: outside(name, window) for name in ("MONAI", "ours")}, options.rounds)
+    seconds = alternate({name: outside(name, window, options.device) for name in ("MONAI", "ours")}, options.rounds)
     peaks = {}
-    for name in ("MONAI", "ours") if Path("/proc/self/status").exists() else ():
+    for name in ("MONAI", "ours") if options.device == "cpu" and Path("/proc/self/status").exists() else ():
         command = [sys.executable, "-m", "benchmarks.sliding", "--alone", name]
         command += ["--window", str(window), "--threads", str(options.threads)]
         peaks[name] = round(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
@@ -147,11 +149,13 @@ def main() -> None:
             name: round(float((found == labels["MONAI, float32"]).mean()), 6) for name, found in labels.items()
         },
         "outside_the_network": {"seconds": {name: round(s, 3) for name, s in seconds.items()}, "MiB": peaks},
-        "targets": {"faster": TARGETS, "same_labels": SAME_LABELS, "outside_the_network": OUTSIDE_TARGETS},
+        "targets": {"faster": TARGETS, "same_labels": SAME_LABELS, "outside_the_network": OUTSIDE_TARGETS}
+        if options.device == "cpu"
+        else {},
         "load_average_before": round(load, 2),
     }
     small = "" if (window, options.width) == (128, 32) else f"_{window}_{options.width}"
-    report(f"sliding{small}", medians, "MONAI, float32", **facts)
+    report(f"sliding{small}", medians, "MONAI, float32", device=options.device, **facts)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks.augment import released_damage, released_spatial
 from benchmarks.ncc import dense_ncc_loss
-from benchmarks.timing import RESULTS, alternate, report
+from benchmarks.timing import RESULTS, add_device, alternate, report
 from gvsl_zoo.memory import keep_freed_memory
 from gvsl_zoo.models.gvsl import GVSL, released_affine_warp, released_warp
 from gvsl_zoo.models.unet import UNet
@@ -49,22 +50,29 @@ GFLOP_96 = 3192  # of the convolutions of a released step at 96^3, forward and b
 
 
 class Clock:
-    """Seconds of each part of each step."""
+    """Seconds of each part of each step, of which a GPU finishes each before the next begins."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
 
     def start(self) -> None:
-        self.last = time.perf_counter()
+        self.last = now()
 
     def lap(self, part: str) -> None:
-        now = time.perf_counter()
-        self.seconds.setdefault(part, []).append(now - self.last)
-        self.last = now
+        moment = now()
+        self.seconds.setdefault(part, []).append(moment - self.last)
+        self.last = moment
 
     def median(self) -> float:
         """Of the whole step."""
         return statistics.median(map(sum, zip(*self.seconds.values(), strict=True)))
+
+
+def now() -> float:
+    """Seconds, when all that was asked of a GPU is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 # --- The released step --------------------------------------------------------------------------------------------
@@ -136,7 +144,7 @@ class Released(nn.Module):
         (global_a, local_a), (global_b, local_b) = self.unet(fixed), self.unet(moving)
         pooled = self.f_conv(torch.cat([global_b, global_a], 1)).mean((2, 3, 4))
         numbers = torch.cat([fc(pooled) for fc in (self.fc_rot, self.fc_scl, self.fc_trans, self.fc_shear)], 1)
-        affine = rebuilt_matrix(*numbers[0].tolist())
+        affine = rebuilt_matrix(*numbers[0].tolist()).to(numbers.device)
         flow = self.out_flow(self.sp_conv(torch.cat([released_affine_warp(local_b, affine), local_a], 1)))
         return released_warp(released_affine_warp(moving, affine), flow), flow, self.res_conv(local_a)
 
@@ -160,10 +168,10 @@ def read_scan(path: Path) -> np.ndarray:
     return (nib.load(path).get_fdata(dtype=np.float32) + 1024).clip(0, 2048) / 2048
 
 
-def released_step(folder: Path, size: int) -> Callable[[Clock], None]:
+def released_step(folder: Path, size: int, device: str) -> Callable[[Clock], None]:
     random, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     paths = sorted((folder / "scans").iterdir())
-    model = Released()
+    model = Released().to(device)
     model.load_state_dict(GVSL(UNet(generator=generator), generator=generator).state_dict())
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
 
@@ -175,7 +183,7 @@ def released_step(folder: Path, size: int) -> Callable[[Clock], None]:
         fixed, moving = (crop(read_scan(path)) for path in paths)
         clock.lap("feed")
         images = [torch.from_numpy(x)[None, None] for x in (fixed, released_damage(fixed, random), moving)]
-        fixed, damaged, moving = released_spatial(images, generator)
+        fixed, damaged, moving = (image.to(device) for image in released_spatial(images, generator))
         clock.lap("augmentation")
         warped, flow, restored = model(damaged, moving)
         steps = [flow.diff(dim=axis).square().mean() for axis in (2, 3, 4)]
@@ -206,7 +214,7 @@ def transcription_error() -> float:
 # --- Our step -----------------------------------------------------------------------------------------------------
 
 
-def own_step(folder: Path, size: int, bf16: bool) -> Callable[[Clock], None]:
+def own_step(folder: Path, size: int, bf16: bool, device: str) -> Callable[[Clock], None]:
     config = PretrainConfig(
         steps=1000,
         width=32,
@@ -220,7 +228,7 @@ def own_step(folder: Path, size: int, bf16: bool) -> Callable[[Clock], None]:
         bf16=bf16,
     )
     task = Pretraining(build(config, None), config).train()
-    task.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    task.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(task.parameters(), lr=config.learning_rate, fused=True)
     pairs = Pairs(config, open_data(str(folder / "store"), config, None), pairs_a_step=1)
     numbers = itertools.count()
@@ -229,11 +237,11 @@ def own_step(folder: Path, size: int, bf16: bool) -> Callable[[Clock], None]:
         number = next(numbers)
         pair = pairs[number]
         clock.lap("feed")
-        batch = make_batch([pair], [number], config, torch.device("cpu"))
+        batch = make_batch([pair], [number], config, torch.device(device))
         clock.lap("augmentation")
         terms = task(batch)
         clock.lap("forward")
-        sum(terms.values(), torch.zeros(())).backward()
+        sum(terms.values(), torch.zeros((), device=device)).backward()
         clock.lap("backward")
         torch.nn.utils.clip_grad_norm_(task.parameters(), config.clip_norm).item()
         optimizer.step()
@@ -246,8 +254,10 @@ def own_step(folder: Path, size: int, bf16: bool) -> Callable[[Clock], None]:
 # --- Measuring ----------------------------------------------------------------------------------------------------
 
 
-def make_step(name: str, folder: Path, size: int) -> Callable[[Clock], None]:
-    return released_step(folder, size) if name == "released" else own_step(folder, size, bf16="bf16" in name)
+def make_step(name: str, folder: Path, size: int, device: str) -> Callable[[Clock], None]:
+    if name == "released":
+        return released_step(folder, size, device)
+    return own_step(folder, size, "bf16" in name, device)
 
 
 def take_turn(name: str, step: Callable[[Clock], None], clock: Clock) -> None:
@@ -262,12 +272,13 @@ def take_turn(name: str, step: Callable[[Clock], None], clock: Clock) -> None:
     keep_freed_memory(False)
 
 
-def convolution_rates(dtype: torch.dtype) -> dict[str, float]:
+def convolution_rates(dtype: torch.dtype, device: str) -> dict[str, float]:
     """GFLOP/s of this machine in 32 -> 32 and 128 -> 128 channels, forward and backward, channels last: its floor."""
     rates: dict[str, list[float]] = {"forward": [], "backward": []}
     for channels, size in ((32, 64), (128, 24)):
-        x = torch.randn(2, channels, size, size, size, dtype=dtype).to(memory_format=torch.channels_last_3d)
-        weight = torch.randn(channels, channels, 3, 3, 3, dtype=dtype).to(memory_format=torch.channels_last_3d)
+        x = torch.randn(2, channels, size, size, size, dtype=dtype, device=device)
+        weight = torch.randn(channels, channels, 3, 3, 3, dtype=dtype, device=device)
+        x, weight = (tensor.to(memory_format=torch.channels_last_3d) for tensor in (x, weight))
         passes = {
             "forward": (1, lambda x=x, weight=weight: F.conv3d(x, weight, padding=1)),
             "backward": (
@@ -298,20 +309,32 @@ def peak_MiB() -> float:
     return int(status["VmHWM"].split()[0]) / 1024
 
 
+def beyond_MiB(run: Callable[[], None]) -> int:
+    """The most that the tensors of a run take of a GPU beyond those that were there before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=0, help="steps that are not counted")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="1 where others use a core")
+    add_device(parser)
     parser.add_argument("--no-peaks", action="store_true", help="keep those in the results file")
     parser.add_argument("--alone", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     result = "step" if options.size == 96 else f"step_{options.size}"
+    on_cpu = options.device == "cpu"
+    contestants = CONTESTANTS if on_cpu else tuple(name for name in CONTESTANTS if not name.endswith(KEPT))
     if options.alone:
         keep_freed_memory(options.alone.endswith(KEPT))
-        step, clock = make_step(options.alone, options.data, options.size), Clock()
+        step, clock = make_step(options.alone, options.data, options.size, "cpu"), Clock()
         for _ in range(2):  # the second with the moments of Adam
             clock.start()
             step(clock)
@@ -324,14 +347,19 @@ def main() -> None:
         write_scans(folder)
         prepare_store(folder / "scans", folder / "store")
         peaks = json.loads((RESULTS / f"{result}.json").read_text())["peak_MiB"] if options.no_peaks else {}
-        for name in CONTESTANTS if not options.no_peaks and Path("/proc/self/status").exists() else ():
+        for name in contestants if on_cpu and not options.no_peaks and Path("/proc/self/status").exists() else ():
             command = [sys.executable, "-m", "benchmarks.step", "--alone", name, "--data", temporary]
             command += ["--size", str(options.size), "--threads", str(options.threads)]
             peaks[name] = round(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-        clocks = {name: Clock() for name in CONTESTANTS}
-        steps = {name: make_step(name, folder, options.size) for name in CONTESTANTS}
+        clocks = {name: Clock() for name in contestants}
+        steps = {name: make_step(name, folder, options.size, options.device) for name in contestants}
+        for _ in range(options.warmup):
+            for name in contestants:
+                take_turn(name, steps[name], Clock())
+        if not on_cpu:
+            peaks = {name: beyond_MiB(partial(take_turn, name, steps[name], Clock())) for name in contestants}
         for _ in range(options.rounds):
-            for name in CONTESTANTS:
+            for name in contestants:
                 take_turn(name, steps[name], clocks[name])
     medians = {name: clock.median() for name, clock in clocks.items()}
     parts = {
@@ -346,19 +374,19 @@ def main() -> None:
         "peak_MiB": peaks,
         "peaks_of_an_earlier_run": options.no_peaks,
         "peak_of_released": {name: round(peak / peaks["released"], 3) for name, peak in peaks.items()},
-        "targets": {"faster": TARGETS, "peak_of_released": {"ours, bf16": PEAK_TARGET}},
+        "targets": {"faster": TARGETS, "peak_of_released": {"ours, bf16": PEAK_TARGET}} if on_cpu else {},
         "convolution_GFLOP": round(GFLOP_96 * (options.size / 96) ** 3),
         "convolution_GFLOP_per_second": {
-            "float32": convolution_rates(torch.float32),
-            "bf16": convolution_rates(torch.bfloat16),
+            "float32": convolution_rates(torch.float32, options.device),
+            "bf16": convolution_rates(torch.bfloat16, options.device),
         },
         "transcription_error": transcription_error(),
         "load_average_before": round(load, 2),
     }
-    report(result, medians, "released", **facts)
-    print("\n  part           " + "".join(f"{name:>28}" for name in CONTESTANTS) + "   ms")
+    report(result, medians, "released", device=options.device, **facts)
+    print("\n  part           " + "".join(f"{name:>28}" for name in contestants) + "   ms")
     for part in parts["released"]:
-        print(f"  {part:<15}" + "".join(f"{parts[name][part]:28.1f}" for name in CONTESTANTS))
+        print(f"  {part:<15}" + "".join(f"{parts[name][part]:28.1f}" for name in contestants))
 
 
 if __name__ == "__main__":

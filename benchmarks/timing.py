@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -32,8 +33,9 @@ def alternate(contestants: dict[str, Callable[[], Any]], rounds: int, warmup: in
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def report(name: str, medians: dict[str, float], reference: str, **facts: Any) -> None:
-    """Print milliseconds and ratios against `reference`, and write them to results/NAME.json."""
+def report(name: str, medians: dict[str, float], reference: str, *, device: str = "cpu", **facts: Any) -> None:
+    """Print milliseconds and ratios against `reference`, and write them to results/NAME.json (on CUDA NAME_cuda)."""
+    name += f"_{device}" * (device != "cpu")
     print(f"\n{name}")
     for contestant, seconds in medians.items():
         print(f"  {contestant:<46} {1e3 * seconds:10.2f} ms   x{medians[reference] / seconds:.2f}")
@@ -48,6 +50,10 @@ def report(name: str, medians: dict[str, float], reference: str, **facts: Any) -
         "machine": machine(),
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
 
 def machine() -> dict[str, Any]:

@@ -37,6 +37,18 @@ def load_table() -> str:
     return "\n".join([*rows, "", f"Extra resident memory before the first forward pass: {resident}."])
 
 
+def gpu_table() -> str:
+    """Milliseconds of each part of a step on a GPU, and of all."""
+    result = json.loads((ROOT / "benchmarks/results/step_cuda.json").read_text())
+    whole, parts = result["milliseconds"], result["parts_milliseconds"]
+    rows = [f"| {result['machine']['gpu']}, ms | {' | '.join(whole)} |", "|---" * (1 + len(whole)) + "|"]
+    for part in parts["released"]:
+        rows.append(f"| {part} | {' | '.join(f'{own[part]:.1f}' for own in parts.values())} |")
+    rows.append(f"| whole step | {' | '.join(f'{own:.1f}' for own in whole.values())} |")
+    rows.append(f"| MiB beyond weights and moments | {' | '.join(map(str, result['peak_MiB'].values()))} |")
+    return "\n".join(rows)
+
+
 def gain_of(row: dict[str, Any]) -> str:
     """A gain with half of its interval, which may be unknown."""
     return f"{row['difference']:+.1f} +- {'?' if row['half'] is None else format(row['half'], '.1f')}"
@@ -134,6 +146,7 @@ def architecture_table() -> str:
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "docs/pretrain.md": {"gpu": gpu_table},
     "README.md": {
         "models": model_table,
         "load": load_table,
