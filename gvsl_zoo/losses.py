@@ -23,9 +23,17 @@ def box_sum(x: Tensor, window: int) -> Tensor:
 
     One product with a banded matrix an axis: exact to float32 rounding, unlike running sums, and its own adjoint.
     """
-    for axis in range(2, x.ndim):
-        index = torch.arange(x.shape[axis], device=x.device)
-        band = ((index[:, None] - index).abs() <= window // 2).to(x.dtype)
+    return _banded(x, _bands(x, window))
+
+
+def _bands(like: Tensor, window: int) -> list[Tensor]:
+    """For each spatial axis the matrix, 0 or 1, that says which voxels lie in a window about which."""
+    places = [torch.arange(size, device=like.device) for size in like.shape[2:]]
+    return [((place[:, None] - place).abs() <= window // 2).to(like.dtype) for place in places]
+
+
+def _banded(x: Tensor, bands: list[Tensor]) -> Tensor:
+    for axis, band in enumerate(bands, 2):
         x = x @ band if axis == x.ndim - 1 else (band @ x.flatten(axis + 1)).view(x.shape)
     return x
 
@@ -64,7 +72,8 @@ class _LocalCorrelation(torch.autograd.Function):
         a, b = a - mean_a, b - mean_b
         share = _share_inside(a.shape[2:], window, a)
         outside = 1 - share
-        sum_a, sum_b, sum_aa, sum_bb, sum_ab = (box_sum(x, window) for x in (a, b, a * a, b * b, a * b))
+        bands = _bands(a, window)
+        sum_a, sum_b, sum_aa, sum_bb, sum_ab = (_banded(x, bands) for x in (a, b, a * a, b * b, a * b))
 
         edge = (voxels / 2) * share * outside
         edge_a, edge_b = edge * mean_a + outside * sum_a, edge * mean_b + outside * sum_b
@@ -80,7 +89,7 @@ class _LocalCorrelation(torch.autograd.Function):
         local_a = sum_a.div_(voxels).addcmul_(outside, mean_a, value=-1)
         local_b = sum_b.div_(voxels).addcmul_(outside, mean_b, value=-1)
         ctx.save_for_backward(a, b, local_a, local_b, slope, cc / product * var_b, cc / product * var_a)
-        ctx.window = window
+        ctx.bands = bands
         return cc
 
     @staticmethod
@@ -89,7 +98,7 @@ class _LocalCorrelation(torch.autograd.Function):
         a, b, local_a, local_b, slope, pull_a, pull_b = ctx.saved_tensors
         with full_precision(grad):
             cross = 2 * grad * slope
-            spread = box_sum(cross, ctx.window)
+            spread = _banded(cross, ctx.bands)
             own, other = (a, local_a, pull_a), (b, local_b, pull_b)
             gradients: list[Tensor | None] = []
             for (x, local_x, pull), (y, local_y, _), needed in (
@@ -100,8 +109,8 @@ class _LocalCorrelation(torch.autograd.Function):
                     gradients.append(None)
                     continue
                 pulled = 2 * grad * pull
-                shared = box_sum(cross * local_y - pulled * local_x, ctx.window)
-                gradients.append(y * spread - x * box_sum(pulled, ctx.window) - shared)
+                shared = _banded(cross * local_y - pulled * local_x, ctx.bands)
+                gradients.append(y * spread - x * _banded(pulled, ctx.bands) - shared)
             return gradients[0], gradients[1], None
 
 

@@ -777,15 +777,15 @@ class Prepared:
                 raise ArgumentError(f"scores of {len(slab)} classes for {len(values)} labels", "give a label a class")
             needed = first[min(done, len(first) - 1)]
             kept = held[:, needed - held_from :] if start else slab[:, :0]
-            held, held_from = torch.cat([kept, slab.cpu()], 1), start - kept.shape[1]
+            held, held_from = torch.cat([kept.to(slab.device), slab], 1), start - kept.shape[1]
             ready = int(np.searchsorted(stop, start + slab.shape[1], "right"))
             for low in range(done, ready, step):
                 high = min(low + step, ready)
                 inside = slice(first[low] - held_from, stop[high - 1] - held_from)
-                weights = torch.from_numpy(along_z[low:high, first[low] : stop[high - 1]])
+                weights = torch.from_numpy(along_z[low:high, first[low] : stop[high - 1]]).to(held.device)
                 scores = (weights @ held[:, inside].flatten(2)).view(-1, *self.shape[1:])  # (K * slices, H, W)
-                full = torch.from_numpy(_interpolate(scores.numpy(), size[1:])).view(len(values), -1, *size[1:])
-                target[low:high] = own_values[full.max(0).indices.numpy()]  # argmax is 50 times slower
+                full = _interpolated(scores, size[1:]).view(len(values), -1, *size[1:])
+                target[low:high] = own_values[full.max(0).indices.cpu().numpy()]  # argmax is 50 times slower
             done = ready
         return self._volume(out, self.source.affine)
 
@@ -905,9 +905,13 @@ def _parts(slabs: Iterable[tuple[int, torch.Tensor]], depth: int) -> Iterator[tu
 
 def _interpolate(planes: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """Planes of float32, (N, H, W) -> (N, *size); those that keep their size are handed through."""
+    return _interpolated(torch.from_numpy(planes), size).numpy()
+
+
+def _interpolated(planes: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     if planes.shape[1:] == tuple(size):
         return planes
-    return F.interpolate(torch.from_numpy(planes)[None], tuple(size), mode="bilinear", antialias=True)[0].numpy()
+    return F.interpolate(planes[None], tuple(size), mode="bilinear", antialias=True)[0]
 
 
 def _nearest(source: np.ndarray, size: Sequence[int]) -> np.ndarray:

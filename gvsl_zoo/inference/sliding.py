@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..models.backbone import Conv3d
+from ..models.backbone import CHANNELS_LAST, Conv3d
 
 SIGMA_PER_WINDOW = 1 / 8  # of the Gaussian importance (Isensee et al. 2021, nnU-Net): a window is worst at its border
 PRECISIONS = ("float32", "bf16")
 SUMMED = 2**15  # numbers at once, in float32: fewer take longer, more lose digits
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the axes of a tensor
+SPARED = 4  # a part of the free memory of a GPU, 1 / SPARED, that an image or its blend may take there
 
 Progress = Callable[[int, int], None]  # windows done, windows in all
 Module = TypeVar("Module", bound=nn.Module)
@@ -41,6 +41,7 @@ class Windows:
         shape: spatial shape, (D, H, W) or (H, W).
         window: its edges in voxels; an axis of the image that is shorter is taken whole.
         overlap: the least share of a window that its neighbour also covers, in [0, 1).
+        device: of the shares, by default the CPU.
 
     Windows form a grid, and the importance is a product of Gaussians, so that the shares are normalised an axis at a
     time: they sum to one in every voxel without an image of weights.
@@ -50,6 +51,7 @@ class Windows:
     shape: tuple[int, ...]
     window: tuple[int, ...]
     overlap: float = 0.25
+    device: torch.device | None = None
 
     def __post_init__(self) -> None:
         if len(self.window) != len(self.shape) or any(int(w) != w or w < 1 for w in self.window):
@@ -82,7 +84,7 @@ class Windows:
             total = torch.zeros(size, dtype=torch.float64).index_put_(
                 (index,), importance.expand(index.shape), accumulate=True
             )
-            shares.append((importance / total[index]).float())
+            shares.append((importance / total[index]).float().to(self.device))
         return shares
 
     def __len__(self) -> int:
@@ -90,7 +92,7 @@ class Windows:
 
     def __iter__(self) -> Iterator[Window]:
         for which in itertools.product(*map(range, map(len, self.starts))):
-            box, weight = [], torch.ones(())
+            box, weight = [], torch.ones((), device=self.device)
             for i, starts, shares, window in zip(which, self.starts, self.shares, self.window, strict=True):
                 box.append(slice(starts[i], starts[i] + window))
                 weight = weight[..., None] * shares[i]
@@ -153,14 +155,16 @@ QUICKER: dict[type[nn.Module], type[nn.Module]] = {
 def ready_copy(module: Module) -> Module:
     """A copy of a module for many windows, in float32 and evaluation mode, whatever the module's own.
 
-    On an x86 CPU it is channels-last, its layers `QUICKER`.
+    On CUDA and on an x86 CPU it is channels-last, and on the CPU its layers are `QUICKER`.
     """
     copy = deepcopy(module, {id(buffer): buffer for buffer in module.buffers()})  # nothing writes to these
     copy.float().eval()
-    if device_of(copy).type != "cpu" or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+    device = device_of(copy).type
+    if device == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        for layer in copy.modules():
+            layer.__class__ = QUICKER.get(type(layer), type(layer))
+    elif device != "cuda":
         return copy
-    for layer in copy.modules():
-        layer.__class__ = QUICKER.get(type(layer), type(layer))
     for weight in copy.parameters():
         if weight.ndim in CHANNELS_LAST:
             weight.data = weight.data.to(memory_format=CHANNELS_LAST[weight.ndim])
@@ -196,8 +200,8 @@ def sliding_slabs(
             since it tells K, and all are where the whole image lies below.
         progress: called with (done, all) after each window.
 
-    Yields: (first index along the first axis, slab (K, depth, H, W) float32 on the image's device). A slab is valid
-        until the next one is asked for.
+    Yields: (first index along the first axis, slab (K, depth, H, W) float32). A slab is valid until the next one is
+        asked for. It lies where `function` ran if that is a GPU with much free memory, else on the image's device.
     Memory: K * window[0] * H * W float32 for the blend, and what `function` takes for `batch_size` windows.
     Errors: ArgumentError for arguments that do not fit together, or a function that changes the spatial shape.
     """
@@ -207,19 +211,25 @@ def sliding_slabs(
         raise ArgumentError(f"batch_size {batch_size}", "give at least 1")
     image = image.detach()
     level = None if empty_below is None or image.amax() < empty_below else empty_below
-    windows = Windows(tuple(image.shape[2:]), tuple(window), overlap)
+    device = torch.device(device or image.device)
+    windows = Windows(tuple(image.shape[2:]), tuple(window), overlap, device)
+    home = image.device
+    if _has_room(device, image.numel()):
+        image = image.to(device)
     starts = [*windows.starts[0], image.shape[2]]
     row, depth = len(windows) // len(windows.starts[0]), windows.window[0]
     blend, done = torch.empty(0), 0
     for batch in _batches(image, windows, batch_size, level):
         patches = [patch for _, patch in batch if patch is not None]
-        results = iter(_results(function, patches, precision, device or image.device)) if patches else iter(())
+        results = iter(_results(function, patches, precision, device)) if patches else iter(())
         for (box, weight), patch in batch:
             if patch is not None:
-                values = next(results).to(image.device)
+                values = next(results)
                 if not done:
-                    blend = torch.zeros(len(values), depth, *image.shape[3:], device=image.device)
-                blend[(slice(None), slice(None), *box[1:])].addcmul_(values.float(), weight.to(image.device))
+                    shape = (len(values), depth, *image.shape[3:])
+                    blend = torch.zeros(shape, device=device if _has_room(device, math.prod(shape)) else home)
+                values = values.to(blend.device).float()
+                blend[(slice(None), slice(None), *box[1:])].addcmul_(values, weight.to(blend.device))
             done += 1
             if progress:
                 progress(done, len(windows))
@@ -230,6 +240,11 @@ def sliding_slabs(
                 for index in range(finished, depth):  # one slice at a time: source and target may overlap
                     blend[:, index - finished] = blend[:, index]
                 blend[:, max(0, depth - finished) :] = 0
+
+
+def _has_room(device: torch.device, numbers: int) -> bool:
+    """Whether so many float32 are little beside what a GPU has free."""
+    return device.type == "cuda" and 4 * numbers < torch.cuda.mem_get_info(device)[0] / SPARED
 
 
 def _batches(
@@ -255,7 +270,7 @@ def _results(
 ) -> Tensor:
     """(B, K, *window) of B patches (1, C, *window)."""
     shape = (len(patches), *patches[0].shape[1:])
-    layout = CHANNELS_LAST[len(shape)] if torch.device(device).type == "cpu" else torch.contiguous_format
+    layout = CHANNELS_LAST[len(shape)] if torch.device(device).type in ("cpu", "cuda") else torch.contiguous_format
     batch = torch.empty(shape, dtype=patches[0].dtype, device=device, memory_format=layout)
     for target, patch in zip(batch, patches, strict=True):
         target.copy_(patch[0])

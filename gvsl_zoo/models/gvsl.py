@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError
 from ..spatial import affine_matrix, affine_warp, compose, identity_grid, warp
 from .backbone import CONV, Backbone, Features, Linear, OnBackbone, initialise, is_released
-from .unet import NEGATIVE_SLOPE, DoubleConv
+from .unet import NEGATIVE_SLOPE, DoubleConv, Layers
 
 CHANNELS_PER_RESTORATION_GROUP = 4  # of the restoration head's GroupNorm; released code
 IDENTITY_SD = 1e-5  # of weights that give a transform: it starts at the identity (VoxelMorph, Balakrishnan et al. 2019)
@@ -111,7 +111,7 @@ class GVSL(OnBackbone):
 def restoration_head(ndim: int, local: int, device: torch.device | str | None = None) -> nn.Sequential:
     """Convolution 3 - GroupNorm - LeakyReLU - convolution 1: an image of one channel from `local` feature channels."""
     conv, middle = CONV[ndim], max(local // 2, 8)
-    return nn.Sequential(
+    return Layers(
         conv(local, middle, 3, padding=1, device=device),
         nn.GroupNorm(middle // CHANNELS_PER_RESTORATION_GROUP, middle, device=device),
         nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True),

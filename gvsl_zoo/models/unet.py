@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,11 +12,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from .backbone import CONV, Backbone, FeatureInfo, FeatureLevel, initialise, whole_number
+from .backbone import CHANNELS_LAST, CONV, Backbone, FeatureInfo, FeatureLevel, initialise, whole_number
 
 CHANNELS_PER_GROUP = 8  # of every GroupNorm
 NEGATIVE_SLOPE = 0.2
 POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+FUSED = (torch.float32, torch.bfloat16, torch.float16)  # types of which fused.py makes a norm and its activation one
+
+
+class Layers(nn.Sequential):
+    """Layers one after the other; on CUDA a GroupNorm and the LeakyReLU behind it are one (see fused.py)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = list(self)
+        while left:
+            layer, following = left.pop(0), left[0] if left else None
+            if (
+                isinstance(layer, nn.GroupNorm)
+                and isinstance(following, nn.LeakyReLU)
+                and _may_fuse(layer, following, x)
+            ):
+                from .fused import norm_leaky
+
+                left.pop(0)
+                x = norm_leaky(x, layer.weight, layer.bias, layer.num_groups, layer.eps, following.negative_slope)
+            else:
+                x = layer(x)
+        return x
+
+
+def _may_fuse(norm: nn.GroupNorm, leaky: nn.LeakyReLU, x: Tensor) -> bool:
+    """Whether the two can be one and nobody would see it: not a hook, a tracer or a transform of torch.func."""
+    if not x.is_cuda or x.ndim not in CHANNELS_LAST or x.dtype not in FUSED or norm.weight is None:
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    hooked = any(
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        for layer in (norm, leaky)
+    )
+    return not hooked and type(norm) is nn.GroupNorm and type(leaky) is nn.LeakyReLU and has_triton()
+
+
+@cache
+def has_triton() -> bool:
+    """Whether there is what compiles for this GPU; PyTorch brings it on Linux."""
+    return find_spec("triton") is not None and torch.cuda.get_device_capability() >= (7, 0)
 
 
 class DoubleConv(nn.Module):
@@ -29,7 +72,7 @@ class DoubleConv(nn.Module):
                 nn.GroupNorm(out_chans // CHANNELS_PER_GROUP or 1, out_chans, device=device),
                 nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True),
             ]
-        self.double_conv = nn.Sequential(*layers)
+        self.double_conv = Layers(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.double_conv(x)
@@ -47,14 +90,16 @@ class Down(nn.Module):
 
 
 class _Upsample3d(torch.autograd.Function):
-    """Trilinear upsampling by 2, whose gradient is a product with a small matrix an axis: several times faster on a
-    CPU than PyTorch's, in the channels-last memory that the gradient comes in.
+    """Trilinear upsampling by 2, whose gradient is a product with a small matrix an axis: several times faster than
+    PyTorch's, in the channels-last memory that the gradient comes in. On CUDA the values are such products too.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return _along_axes(x, [_linear(size, x.device).T for size in x.shape[2:]])
         return F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=True)
 
     @staticmethod
@@ -67,18 +112,25 @@ class _Upsample3d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        B, C, D, H, W = ctx.shape
-        z, y, x = (_linear(size).to(grad) for size in (D, H, W))
-        with torch.autocast(grad.device.type, enabled=False):
-            grad = x @ grad.movedim(1, -1).reshape(-1, 2 * W, C)
-            grad = y @ grad.view(-1, 2 * H, W * C)
-            grad = z @ grad.view(-1, 2 * D, H * W * C)
-        return grad.view(B, D, H, W, C).movedim(-1, 1)
+        return _along_axes(grad, [_linear(size, grad.device) for size in ctx.shape[2:]])
 
 
-def _linear(size: int) -> Tensor:
+def _along_axes(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """x (B, C, D, H, W) times a matrix (new, old) along each spatial axis: of the type of x, channels-last."""
+    B, C, D, H, W = x.shape
+    exact = x.dtype if x.device.type == "cpu" else torch.promote_types(x.dtype, torch.float32)
+    z, y, w = (matrix.to(exact) for matrix in matrices)
+    with torch.autocast(x.device.type, enabled=False):
+        out = w @ x.movedim(1, -1).reshape(-1, W, C).to(exact)
+        out = y @ out.view(-1, H, len(w) * C)
+        out = z @ out.view(-1, D, len(y) * len(w) * C)
+    return out.view(B, len(z), len(y), len(w), C).movedim(-1, 1).to(x.dtype)
+
+
+def _linear(size: int, device: torch.device) -> Tensor:
     """What each of `size` voxels gives to the upsampled ones along its axis, (size, 2 * size)."""
-    return F.interpolate(torch.eye(size)[None], scale_factor=2, mode="linear", align_corners=True)[0]
+    eye = torch.eye(size, device=device)[None]
+    return F.interpolate(eye, scale_factor=2, mode="linear", align_corners=True)[0]
 
 
 def upsample(x: Tensor) -> Tensor:
@@ -86,7 +138,7 @@ def upsample(x: Tensor) -> Tensor:
     if x.ndim == 4:
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled() and not tracing:
+    if not tracing and (x.is_cuda or (x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled())):
         return _Upsample3d.apply(x)
     return F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=True)
 

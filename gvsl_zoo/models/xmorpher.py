@@ -127,9 +127,9 @@ def _parts(x: Tensor, windows: Tensor) -> tuple[list[slice], Tensor, Tensor]:
 class _WindowAttention(torch.autograd.Function):
     """Attention to the windows around, which keeps no gathered copy: each key is in 3^ndim of them.
 
-    The backward pass gathers again, a part at a time, and works in float32: it sums many small terms, and PyTorch's
-    backward pass of attention in bf16 is ten times slower on a CPU. It has no second
-    derivative, no forward AD, and nothing of `torch.func`.
+    The backward pass gathers again, a part at a time, and sums in float32. On a CPU it works in float32 altogether:
+    there PyTorch's backward pass of attention in bf16 is ten times slower. It has no second derivative, no forward AD,
+    and nothing of `torch.func`.
     """
 
     @staticmethod
@@ -147,16 +147,17 @@ class _WindowAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, windows, mask = ctx.saved_tensors
         wide = torch.promote_types(q.dtype, torch.float32)
+        kind = wide if q.device.type == "cpu" else q.dtype
         grad_q, (grad_k, grad_v) = torch.empty_like(q), k.new_zeros((2, len(k), k[0].numel()), dtype=wide)
         parts, *spaces = _parts(k, windows)
         for part in parts:
             near = (gathered(x, windows[part], space) for x, space in zip((k, v), spaces, strict=True))
-            queries, near_k, near_v = (x.to(wide).detach().requires_grad_() for x in (q[part], *near))
+            queries, near_k, near_v = (x.to(kind).detach().requires_grad_() for x in (q[part], *near))
             with torch.enable_grad():
                 out = attend(queries, near_k, near_v, mask[part])
-            grad_q[part], *of_near = torch.autograd.grad(out, (queries, near_k, near_v), grad[part].to(wide))
+            grad_q[part], *of_near = torch.autograd.grad(out, (queries, near_k, near_v), grad[part].to(kind))
             for total, of in zip((grad_k, grad_v), of_near, strict=True):
-                total.index_add_(0, windows[part].flatten(), of.reshape(-1, total.shape[1]))
+                total.index_add_(0, windows[part].flatten(), of.reshape(-1, total.shape[1]).to(wide))
         return grad_q, grad_k.to(k).view_as(k), grad_v.to(v).view_as(v), None, None
 
 
