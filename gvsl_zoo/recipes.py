@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from .weights import METADATA_KEY, WEIGHTS_NAME, write_weights
 from .zoo import load, preprocessing
 
 FOLDER = "recipes"  # beside the registry
+BEFORE = "before"  # in the folder of a run, the one before it
 VALIDATION = "8 held-out synthetic pairs"
 
 
@@ -73,6 +75,7 @@ class Recipe:
     data: empty for synthetic anatomy alone.
     film_size: pixels an axis that films are resized to; default as they are.
     start: the model of a registry whose weights are the start; default weights drawn from the run's seed.
+    before: the settings of a run on the same data, whose weights are the start of this one.
     """
 
     settings: PretrainConfig
@@ -83,12 +86,15 @@ class Recipe:
     data: tuple[Scans, ...] = ()
     film_size: Count | None = None
     start: Name | None = None
+    before: PretrainConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.numbers:
             raise ValueError("expected numbers to reach")
         if len(self.files) < sum(len(scans.files) for scans in self.data):
             raise ValueError("a file is listed twice")
+        if self.before and _grid_of(self.before) != _grid_of(self.settings):
+            raise ValueError("the run before has other axes, spacing or unit than the run")
 
     @property
     def files(self) -> dict[str, str]:
@@ -101,11 +107,25 @@ class Recipe:
         return {path: f"{scans.origin}; {scans.licence}" for scans in self.data for path in scans.files}
 
     @property
+    def runs(self) -> tuple[PretrainConfig, ...]:
+        """The settings of all runs, in order."""
+        return (self.before, self.settings) if self.before else (self.settings,)
+
+    @property
+    def steps(self) -> int:
+        """Of all runs."""
+        return sum(config.steps for config in self.runs)
+
+    @property
     def needs(self) -> dict[str, Any]:
         """What a repetition takes."""
         facts: dict[str, Any] = {"hardware": self.hardware, "hours": self.seconds / 3600}
-        facts |= {"steps": self.settings.steps, "scans": len(self.files) or "none: synthetic anatomy"}
+        facts |= {"steps": self.steps, "scans": len(self.files) or "none: synthetic anatomy"}
         return facts | ({"start": self.start} if self.start else {})
+
+
+def _grid_of(config: PretrainConfig) -> tuple[Any, ...]:
+    return config.ndim, config.spacing_mm, config.scan_unit
 
 
 def recipe_path(name: str) -> Path:
@@ -270,20 +290,30 @@ def train(
     workers: int = 0,
     progress: Callable[[dict[str, float]], None] | None = None,
 ) -> WholeModule:
-    """The run of a recipe, or what is left of it.
+    """The run of a recipe, or what is left of it, after the one before it, if there is one, in OUT/before.
 
     Args:
         out, data: see `reproduce`.
-        device, workers, progress: see `pretrain`.
+        device, workers, progress: see `pretrain`; steps are counted over both runs.
 
     Errors: ArgumentError without the data folder, TrainingError for files that are not the recipe's; those of
         `pretrain`.
     """
-    config = recipe.settings
     check_files(recipe, data)
-    pairs = ScanPairs(training_scans(recipe, data), config.crop) if data and recipe.files else None
-    start: Any = load(recipe.start, task="pretraining") if recipe.start else None
-    return pretrain(config, Path(out), pairs, device=device, workers=workers, init=start, progress=progress)
+    scans = training_scans(recipe, data) if data and recipe.files else []
+    model: Any = load(recipe.start, task="pretraining") if recipe.start else None
+    done = 0
+    for config in recipe.runs:
+        folder = Path(out) if config is recipe.settings else Path(out) / BEFORE
+        pairs = ScanPairs(scans, config.crop) if scans else None
+        note = partial(_counted, progress, done) if progress else None
+        model = pretrain(config, folder, pairs, device=device, workers=workers, init=model, progress=note)
+        done += config.steps
+    return model
+
+
+def _counted(progress: Callable[[dict[str, float]], None], done: int, record: dict[str, float]) -> None:
+    progress(record | {"step": done + record["step"]})
 
 
 def _compared(name: str, recipe: Recipe, weights: str, measured: Mapping[str, float]) -> Reproduction:

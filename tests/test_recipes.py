@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def _stated(value):
 def test_every_model_of_ours_has_a_recipe_that_agrees_with_its_entry(name):
     recipe, entry = read_recipe(name), model_info(name)
     config, training = recipe.settings, entry.training
-    assert training.steps == config.steps and training.seconds == recipe.seconds
+    assert training.steps == recipe.steps and training.seconds == recipe.seconds
     assert training.hardware == recipe.hardware and f"recipes/{name}.yaml" in training.recipe
     made = describe(config, name, build(config, None))
     assert (made.architecture, made.config, made.parameters) == (entry.architecture, entry.config, entry.parameters)
@@ -311,6 +312,27 @@ def test_a_model_is_made_again_carries_its_entry_and_ledger_and_a_second_call_go
     assert facts["reached"] and [row["name"] for row in facts["numbers"]] == list(NUMBERS)
     assert facts["commands"] == ["python measure.py"]
     assert (out / "model.safetensors").read_bytes() == weights and (out / "log.jsonl").read_text() == log
+
+
+def test_a_run_before_is_made_first_and_its_weights_are_the_start(registered, scans, tmp_path):
+    first = deepcopy(SETTINGS) | {"steps": 2, "learning_rate": 0.01}  # YAML would write what is shared as an anchor
+    name = registered(data=rows(scans, "ct/*"), before=first, settings=SETTINGS | {"steps": 1, "learning_rate": 0.0})
+    recipe, records = read_recipe(name), []
+    assert recipe.steps == recipe.needs["steps"] == 3
+    model = train(recipe, tmp_path / "run", scans, device="cpu", progress=records.append)
+    assert [record["step"] for record in records] == [1, 2, 3]
+    start = load(tmp_path / "run/before", task="pretraining").state_dict()
+    assert all(torch.equal(tensor, start[key]) for key, tensor in model.state_dict().items())
+    drawn = build(recipe.settings, None).state_dict()
+    assert any(not torch.equal(tensor, drawn[key]) for key, tensor in start.items())
+    again = reproduced(name, "--data", scans, "--out", tmp_path / "other", "--steps", "1", "--json")
+    assert again.exit_code == 0 and (tmp_path / "other/before/log.jsonl").read_text().count("\n") == 1
+
+
+def test_a_run_before_is_on_the_same_grid(registered):
+    name = registered(before=deepcopy(SETTINGS) | {"spacing_mm": 3.0})
+    with pytest.raises(RegistryError, match="the run before has other axes, spacing or unit than the run"):
+        read_recipe(name)
 
 
 def test_of_several_processes_the_first_alone_writes_the_entry(registered, tmp_path, monkeypatch):

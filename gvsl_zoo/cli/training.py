@@ -359,11 +359,13 @@ def reproduce_command(
             raise ArgumentError("no folder for the run", "give --out, or --check to measure the weights that there are")
         if is_first() and not as_json:
             show(recipe.needs, False)
-        settings = replace(recipe.settings, steps=steps or recipe.settings.steps)
-        with training_bar(settings.steps) as progress:
+        if steps:
+            before = replace(recipe.before, steps=steps) if recipe.before else None
+            recipe = replace(recipe, settings=replace(recipe.settings, steps=steps), before=before)
+        with training_bar(recipe.steps) as progress:
             options: dict[str, Any] = {"device": device, "workers": workers, "progress": progress}
             if steps:
-                recipes.train(replace(recipe, settings=settings), out, data, **options)
+                recipes.train(recipe, out, data, **options)
                 if is_first():
                     show(finished(out), as_json)
                 return
