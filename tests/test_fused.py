@@ -1,4 +1,4 @@
-"""What CUDA computes in ways of its own, against PyTorch's: the fused norm, the first convolution, the upsampling."""
+"""What CUDA computes in ways of its own, against the definitions: the fused norm, convolutions, the upsampling."""
 
 import pytest
 import torch
@@ -92,21 +92,24 @@ def test_a_hook_and_a_transform_still_see_both_layers():
 
 
 @pytest.mark.parametrize("kind", [Conv2d, Conv3d])
-def test_the_first_convolution_has_the_gradient_of_one_channel(kind):
-    conv = kind(1, 16, 3, padding=1).to(CUDA)
+@pytest.mark.parametrize(("channels", "kernel"), [((1, 16), 3), ((16, 1), 1), ((8, 5), 1)])
+def test_a_convolution_in_bf16_has_the_gradients_of_its_definition(kind, channels, kernel):
+    conv = kind(*channels, kernel, padding=kernel // 2).to(CUDA)
     with torch.no_grad():
         conv.weight.copy_(random(*conv.weight.shape, seed=1))
-        conv.bias.copy_(random(16, seed=2))
-    x = random(2, 1, *[20] * (conv.weight.ndim - 2))
-    grad = random(2, 16, *x.shape[2:], seed=3)
+        conv.bias.copy_(random(channels[1], seed=2))
+    shape = [20] * (conv.weight.ndim - 2)
+    x = random(2, channels[0], *shape).requires_grad_()
+    grad = random(2, channels[1], *shape, seed=3, dtype=torch.bfloat16)
     with torch.autocast("cuda", torch.bfloat16):
         y = conv(x)
-    slopes = torch.autograd.grad(y, tuple(conv.parameters()), grad.to(y.dtype))
-    weight, bias = (p.detach().double().requires_grad_() for p in conv.parameters())
+    slopes = torch.autograd.grad(y, (x, *conv.parameters()), grad)
+    of = [t.detach().double().requires_grad_() for t in (x, *conv.parameters())]
     convolve = F.conv3d if kind is Conv3d else F.conv2d
-    expected = convolve(x.double(), weight, bias, padding=1)
+    expected = convolve(*of, padding=kernel // 2)
+    assert y.dtype == torch.bfloat16
     near(y, expected, HALF)
-    for found, wanted in zip(slopes, torch.autograd.grad(expected, (weight, bias), grad.double()), strict=True):
+    for found, wanted in zip(slopes, torch.autograd.grad(expected, of, grad.double()), strict=True):
         near(found, wanted, HALF)
 
 
