@@ -156,6 +156,8 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/recipe_search.md": {
         "contrast_ct_lungs": partial(transfer_table, "ct_lungs_gvsl-unet-ct-nano-contrast"),
         "contrast_hippocampus": partial(transfer_table, "hippocampus_gvsl-unet-ct-nano-contrast"),
+        "small_ct_lungs": partial(transfer_table, "ct_lungs_gvsl-unet-ct-small"),
+        "small_hippocampus": partial(transfer_table, "hippocampus_gvsl-unet-ct-small"),
         "together": partial(together_table, "seed-0_seed-1_seed-2"),
         "together_nano": partial(together_table, "nano-seed-0_nano-seed-1_nano-seed-2"),
     },
