@@ -43,7 +43,7 @@ class Layers(nn.Sequential):
 
 def _may_fuse(norm: nn.GroupNorm, leaky: nn.LeakyReLU, x: Tensor) -> bool:
     """Whether the two can be one and nobody would see it: not a hook, a tracer or a transform of torch.func."""
-    if not x.is_cuda or x.ndim not in CHANNELS_LAST or x.dtype not in FUSED or norm.weight is None:
+    if not x.is_cuda or x.ndim not in CHANNELS_LAST or x.dtype not in FUSED or norm.weight is None or 0 in x.shape:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
