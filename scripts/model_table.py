@@ -158,6 +158,8 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "contrast_hippocampus": partial(transfer_table, "hippocampus_gvsl-unet-ct-nano-contrast"),
         "small_ct_lungs": partial(transfer_table, "ct_lungs_gvsl-unet-ct-small"),
         "small_hippocampus": partial(transfer_table, "hippocampus_gvsl-unet-ct-small"),
+        "xmorpher_ct_lungs": partial(transfer_table, "ct_lungs_gvsl-xmorpher-ct-nano"),
+        "xmorpher_hippocampus": partial(transfer_table, "hippocampus_gvsl-xmorpher-ct-nano"),
         "together": partial(together_table, "seed-0_seed-1_seed-2"),
         "together_nano": partial(together_table, "nano-seed-0_nano-seed-1_nano-seed-2"),
     },
