@@ -53,7 +53,8 @@ def report(name: str, medians: dict[str, float], reference: str, *, device: str 
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    there = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    parser.add_argument("--device", choices=there, default="cpu")
 
 
 def machine() -> dict[str, Any]:

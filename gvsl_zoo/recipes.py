@@ -93,8 +93,8 @@ class Recipe:
             raise ValueError("expected numbers to reach")
         if len(self.files) < sum(len(scans.files) for scans in self.data):
             raise ValueError("a file is listed twice")
-        if self.before and _grid_of(self.before) != _grid_of(self.settings):
-            raise ValueError("the run before has other axes, spacing or unit than the run")
+        if self.before and _made_by(self.before) != _made_by(self.settings):
+            raise ValueError("the run before has another network, spacing or unit than the run")
 
     @property
     def files(self) -> dict[str, str]:
@@ -124,8 +124,17 @@ class Recipe:
         return facts | ({"start": self.start} if self.start else {})
 
 
-def _grid_of(config: PretrainConfig) -> tuple[Any, ...]:
-    return config.ndim, config.spacing_mm, config.scan_unit
+def _made_by(config: PretrainConfig) -> tuple[Any, ...]:
+    """What the shape of a run's tensors and the grid of its scans depend on."""
+    module = (
+        config.objective == "gemini",
+        config.ndim,
+        config.backbone,
+        config.width,
+        config.window,
+        config.affine_width,
+    )
+    return *module, config.spacing_mm, config.scan_unit
 
 
 def recipe_path(name: str) -> Path:

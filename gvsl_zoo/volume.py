@@ -777,7 +777,7 @@ class Prepared:
                 raise ArgumentError(f"scores of {len(slab)} classes for {len(values)} labels", "give a label a class")
             needed = first[min(done, len(first) - 1)]
             kept = held[:, needed - held_from :] if start else slab[:, :0]
-            held, held_from = torch.cat([kept.to(slab.device), slab], 1), start - kept.shape[1]
+            held, held_from = torch.cat([kept, slab], 1), start - kept.shape[1]
             ready = int(np.searchsorted(stop, start + slab.shape[1], "right"))
             for low in range(done, ready, step):
                 high = min(low + step, ready)
@@ -904,11 +904,11 @@ def _parts(slabs: Iterable[tuple[int, torch.Tensor]], depth: int) -> Iterator[tu
 
 
 def _interpolate(planes: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Planes of float32, (N, H, W) -> (N, *size); those that keep their size are handed through."""
     return _interpolated(torch.from_numpy(planes), size).numpy()
 
 
 def _interpolated(planes: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Planes of float32, (N, H, W) -> (N, *size); those that keep their size are handed through."""
     if planes.shape[1:] == tuple(size):
         return planes
     return F.interpolate(planes[None], tuple(size), mode="bilinear", antialias=True)[0]

@@ -802,7 +802,7 @@ def test_a_worker_that_was_killed_is_told_with_a_remedy(tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), EOFError("Caught EOFError in DataLoader worker")])
 def test_an_error_that_a_living_worker_met_is_not_taken_for_its_death(error):
-    with pytest.raises(type(error)), learner.drawn([], Numbers(0, 1, 1, 1, 1, 0), 1, CPU):
+    with pytest.raises(type(error), match=str(error)), learner.drawn([], Numbers(0, 1, 1, 1, 1, 0), 1, CPU):
         raise error
 
 

@@ -325,13 +325,21 @@ def test_a_run_before_is_made_first_and_its_weights_are_the_start(registered, sc
     assert all(torch.equal(tensor, start[key]) for key, tensor in model.state_dict().items())
     drawn = build(recipe.settings, None).state_dict()
     assert any(not torch.equal(tensor, drawn[key]) for key, tensor in start.items())
-    again = reproduced(name, "--data", scans, "--out", tmp_path / "other", "--steps", "1", "--json")
-    assert again.exit_code == 0 and (tmp_path / "other/before/log.jsonl").read_text().count("\n") == 1
+    logs = [tmp_path / "run" / log for log in ("before/log.jsonl", "log.jsonl")]
+    written = [log.read_bytes() for log in logs]
+    again = train(recipe, tmp_path / "run", scans, device="cpu").state_dict()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in model.state_dict().items())
+    assert [log.read_bytes() for log in logs] == written
+    tried = reproduced(name, "--data", scans, "--out", tmp_path / "other", "--steps", "1", "--json")
+    assert tried.exit_code == 0 and (tmp_path / "other/before/log.jsonl").read_text().count("\n") == 1
 
 
-def test_a_run_before_is_on_the_same_grid(registered):
-    name = registered(before=deepcopy(SETTINGS) | {"spacing_mm": 3.0})
-    with pytest.raises(RegistryError, match="the run before has other axes, spacing or unit than the run"):
+@pytest.mark.parametrize(
+    "other", [{"spacing_mm": 3.0}, {"unit": "arbitrary"}, {"width": 16}, {"objective": "gemini"}], ids=str
+)
+def test_a_run_before_has_the_network_and_the_grid_of_the_run(registered, other):
+    name = registered(before=deepcopy(SETTINGS) | other)
+    with pytest.raises(RegistryError, match="the run before has another network, spacing or unit than the run"):
         read_recipe(name)
 
 

@@ -20,7 +20,7 @@ from ..models.backbone import CHANNELS_LAST, Conv3d
 SIGMA_PER_WINDOW = 1 / 8  # of the Gaussian importance (Isensee et al. 2021, nnU-Net): a window is worst at its border
 PRECISIONS = ("float32", "bf16")
 SUMMED = 2**15  # numbers at once, in float32: fewer take longer, more lose digits
-SPARED = 4  # a part of the free memory of a GPU, 1 / SPARED, that an image or its blend may take there
+SHARE_OF_FREE = 0.25  # of a GPU's free memory, what an image or its blend may take there
 
 Progress = Callable[[int, int], None]  # windows done, windows in all
 Module = TypeVar("Module", bound=nn.Module)
@@ -244,7 +244,7 @@ def sliding_slabs(
 
 def _has_room(device: torch.device, numbers: int) -> bool:
     """Whether so many float32 are little beside what a GPU has free."""
-    return device.type == "cuda" and 4 * numbers < torch.cuda.mem_get_info(device)[0] / SPARED
+    return device.type == "cuda" and 4 * numbers < SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0]
 
 
 def _batches(
@@ -266,11 +266,11 @@ def _batches(
 
 
 def _results(
-    function: Callable[[Tensor], Tensor], patches: list[Tensor], precision: str, device: torch.device | str
+    function: Callable[[Tensor], Tensor], patches: list[Tensor], precision: str, device: torch.device
 ) -> Tensor:
     """(B, K, *window) of B patches (1, C, *window)."""
     shape = (len(patches), *patches[0].shape[1:])
-    layout = CHANNELS_LAST[len(shape)] if torch.device(device).type in ("cpu", "cuda") else torch.contiguous_format
+    layout = CHANNELS_LAST[len(shape)] if device.type in ("cpu", "cuda") else torch.contiguous_format
     batch = torch.empty(shape, dtype=patches[0].dtype, device=device, memory_format=layout)
     for target, patch in zip(batch, patches, strict=True):
         target.copy_(patch[0])

@@ -99,7 +99,7 @@ class _Upsample3d(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         if x.is_cuda:
-            return _along_axes(x, [_linear(size, x.device).T for size in x.shape[2:]])
+            return _along_axes(x, [_linear(size, x).T for size in x.shape[2:]])
         return F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=True)
 
     @staticmethod
@@ -112,7 +112,7 @@ class _Upsample3d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _along_axes(grad, [_linear(size, grad.device) for size in ctx.shape[2:]])
+        return _along_axes(grad, [_linear(size, grad) for size in ctx.shape[2:]])
 
 
 def _along_axes(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
@@ -127,10 +127,10 @@ def _along_axes(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     return out.view(B, len(z), len(y), len(w), C).movedim(-1, 1).to(x.dtype)
 
 
-def _linear(size: int, device: torch.device) -> Tensor:
-    """What each of `size` voxels gives to the upsampled ones along its axis, (size, 2 * size)."""
-    eye = torch.eye(size, device=device)[None]
-    return F.interpolate(eye, scale_factor=2, mode="linear", align_corners=True)[0]
+def _linear(size: int, like: Tensor) -> Tensor:
+    """What each of `size` voxels gives to the upsampled ones along its axis, (size, 2 * size), in float32 at least."""
+    eye = torch.eye(size, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+    return F.interpolate(eye[None], scale_factor=2, mode="linear", align_corners=True)[0]
 
 
 def upsample(x: Tensor) -> Tensor:
