@@ -607,7 +607,7 @@ def test_an_address_that_leads_nowhere_is_a_warning(endpoint, monkeypatch, conta
 def test_a_password_in_an_address_is_not_said(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://me:hf_secret@127.0.0.1:9")
     assert "http://127.0.0.1:9 does not answer" in found("the Hub").seen
-    with pytest.raises(SourceError, match=r"127\.0\.0\.1:9") as caught:
+    with pytest.raises(SourceError, match="the Hub does not answer") as caught:
         load("hf-hub:org/model")
     assert "hf_secret" not in str(caught.value)
 
