@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, VolumeError
 from ..models.backbone import Backbone, crop, pad_to_multiple
 from ..registry import Label
-from ..volume import Prepared, Volume, read_volume
+from ..volume import Prepared, Volume, check_grid, read_volume
 from .features import WINDOW, backbone_of, mask_on_grid, preprocessing_of
 from .segment import Scan, comment_labels, prepare_channels
 from .sliding import Windows, device_of, evaluate, ready_copy
@@ -75,6 +75,8 @@ def fit_support(supports: Sequence[tuple[Scan, Scan]], model: nn.Module, *, prec
         labels of one value only.
     """
     pairs = [(prepare_channels(scan, model), read_label_map(labels)) for scan, labels in supports]
+    for prepared, labels in pairs:
+        check_grid(labels, "the label map", prepared.source, "its scan")
     names = named_labels([labels for _, labels in pairs])
     values = [label.value for label in names]
     generator = torch.Generator().manual_seed(0)
