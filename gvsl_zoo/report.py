@@ -474,7 +474,7 @@ def curves_picture(
     for axes in (left, *others):
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=8, framealpha=0.8, edgecolor="none")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, fontsize=8, frameon=False)
     _save(figure, Path(path))
 
 
