@@ -51,7 +51,7 @@ from gvsl_zoo.inference.register import answered, correlation, lay_over, match, 
 from gvsl_zoo.inference.sliding import device_of
 from gvsl_zoo.ledger import check_unseen
 from gvsl_zoo.losses import local_ncc_loss
-from gvsl_zoo.models.gemini import GEMINI, WholeModule
+from gvsl_zoo.models.gemini import WholeModule
 from gvsl_zoo.pretrain.augment import damage
 from gvsl_zoo.pretrain.data import seeded
 from gvsl_zoo.pretrain.validate import moved_organs, organ_dice, psnr
@@ -188,9 +188,7 @@ def crop_row(fixed: tuple[Tensor, Tensor], moving: tuple[Tensor, Tensor], model:
 @torch.inference_mode()
 def restored(model: WholeModule, damaged: Tensor) -> Tensor:
     """What the model makes of a damaged image, on the CPU."""
-    damaged = damaged.to(device_of(model))
-    found = model.restore(damaged if isinstance(model, GEMINI) else model.unet.forward_features(damaged).local)
-    return found.float().cpu()
+    return model.restore(damaged.to(device_of(model))).float().cpu()
 
 
 def restoration(crops: Sequence[Tensor], model: WholeModule) -> dict[str, Any]:

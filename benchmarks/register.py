@@ -26,11 +26,12 @@ from torch import nn
 
 from benchmarks.timing import RESULTS, machine
 from gvsl_zoo import Grid, load, read_volume, register
-from gvsl_zoo.demo import LEFT_OUT, as_volume
+from gvsl_zoo.demo import as_volume
 from gvsl_zoo.errors import ArgumentError
 from gvsl_zoo.inference.refine import Images, fit
 from gvsl_zoo.inference.register import REFINING_STEPS, read_at
 from gvsl_zoo.pretrain.anatomy import LABELS, sample_subject, true_displacement
+from gvsl_zoo.pretrain.validate import LEFT_OUT
 from gvsl_zoo.transforms import (
     LPS,
     Affine,

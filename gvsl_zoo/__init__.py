@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .errors import GvslZooError as GvslZooError
     from .errors import RegistryError as RegistryError
     from .errors import SourceError as SourceError
+    from .errors import TrainingError as TrainingError
     from .errors import VolumeError as VolumeError
     from .errors import WeightsError as WeightsError
     from .inference.correspond import Correspondence as Correspondence
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .surgery import TransplantReport as TransplantReport
     from .surgery import transplant as transplant
     from .transfer.cases import read_cases as read_cases
+    from .transfer.classify import classify as classify
     from .transfer.config import FinetuneConfig as FinetuneConfig
     from .transfer.finetune import finetune as finetune
     from .transforms import Affine as Affine
@@ -50,7 +52,15 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "conversion": ("ConversionReport", "convert"),
-    "errors": ("ArgumentError", "GvslZooError", "RegistryError", "SourceError", "VolumeError", "WeightsError"),
+    "errors": (
+        "ArgumentError",
+        "GvslZooError",
+        "RegistryError",
+        "SourceError",
+        "TrainingError",
+        "VolumeError",
+        "WeightsError",
+    ),
     "inference.correspond": ("Correspondence", "Matcher", "correspond"),
     "inference.features": ("features", "pooled_features"),
     "inference.segment": ("segment",),
@@ -69,6 +79,7 @@ _HOMES = {
         "write_transform",
     ),
     "transfer.cases": ("read_cases",),
+    "transfer.classify": ("classify",),
     "transfer.config": ("FinetuneConfig",),
     "transfer.finetune": ("finetune",),
     "volume": ("Volume", "read_volume", "write_volume"),

@@ -27,7 +27,7 @@ from .conversion import convert
 from .errors import ArgumentError
 from .film import FilmPreprocessing, read_for
 from .inference.features import recipe_of, repeated
-from .models.gemini import GEMINI, WholeModule
+from .models.gemini import WholeModule
 from .pretrain.augment import bend, damage
 from .report import middle
 from .sources import ANYWHERE, Access
@@ -191,8 +191,7 @@ def _gains(model: WholeModule, image: Tensor) -> tuple[float, ...]:
     device, gains = next(model.parameters()).device, []
     for seed in _seeds():
         damaged = damage(image, torch.Generator().manual_seed(seed))
-        given = repeated(damaged, model).to(device)
-        restored = model.restore(given if isinstance(model, GEMINI) else model.unet(given)).float().cpu()
+        restored = model.restore(repeated(damaged, model).to(device)).float().cpu()
         before, after = ((other - image).square().mean().item() for other in (damaged, restored))
         gain = 10 * math.log10(max(before, 1e-12) / max(after, 1e-12))
         gains.append(min(max(gain, -HIGHEST_GAIN), HIGHEST_GAIN))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from .losses import local_ncc_loss
 from .models.gemini import GEMINI, WholeModule
 from .pretrain.anatomy import FILM_LABELS, LABELS, Film, Subject, sample_film, sample_subject
 from .pretrain.augment import damage
+from .pretrain.validate import LEFT_OUT, SMALLEST_ORGAN, psnr
 from .report import Row, check_drawing, draw, matching_row, middle, restoration_row, scan_rows
 from .spatial import jacobian_determinant, warp
 from .volume import Prepared, Volume, check_outputs, write_volume
@@ -31,8 +31,6 @@ FILM_SHAPE = (256, 256)  # pixels of the synthetic film, when the model does not
 FILM_MM = 384.0  # what it spans along its longer axis
 CROP = {3: 64, 2: 512}  # voxels or pixels an axis that are damaged and restored
 DAMAGES, PAIRS = 8, 4  # restorations and matches averaged; the median restoration and the first pair are shown
-LEFT_OUT = ("background", "soft_tissue", "fat")  # of the mean Dice: no organs
-SMALLEST_ORGAN = 50  # voxels in each of the two images; below, Dice is noise
 SEED = 2023
 
 
@@ -199,8 +197,7 @@ def restore(model: WholeModule, prepared: Prepared, generator: torch.Generator) 
     crops = []
     for _ in range(DAMAGES):
         damaged = damage(original, generator)
-        given = on_device(damaged, model)
-        restored = model.restore(given if isinstance(model, GEMINI) else model.unet(given)).float().cpu()
+        restored = model.restore(on_device(damaged, model)).float().cpu()
         images = {"original": original, "damaged": damaged, "restored": restored}
         crops.append({name: deep(image)[0, 0] for name, image in images.items()})
     return crops
@@ -262,11 +259,6 @@ def deep(image: Tensor) -> Tensor:
 def on_device(image: Tensor, model: WholeModule) -> Tensor:
     """The image in every input channel of the model, on its device."""
     return image.to(next(model.parameters()).device).expand(-1, model.unet.in_chans, *image.shape[2:])
-
-
-def psnr(image: Tensor, truth: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, of images in [0, 1]."""
-    return -10 * math.log10(max((image - truth).square().mean().item(), 1e-10))
 
 
 def dice(a: Tensor, b: Tensor) -> float:

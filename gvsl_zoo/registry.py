@@ -91,7 +91,6 @@ Sha256 = Annotated[str, _pattern("[0-9a-f]{64}", "a sha256 of 64 hexadecimal dig
 Revision = Annotated[str, _pattern("[0-9a-f]{40}", "a commit of 40 hexadecimal digits, not a branch or tag")]
 Repo = Annotated[str, _pattern("[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*", "org/name")]
 DriveId = Annotated[str, _pattern("[A-Za-z0-9_-]{10,100}", "a Google Drive file id")]
-Orientation = Annotated[str, _pattern("[RL][AP][SI]", "axis codes such as RAS")]
 StoredAxes = Annotated[str, _pattern("(?=.*[RL])(?=.*[AP])(?=.*[SI]).{3}", "axis codes in any order, such as PSL")]
 Count = Annotated[int, _count]
 Byte = Annotated[int, _byte]
@@ -157,7 +156,7 @@ class Input:
     spacing_mm: tuple[float, ...] | None = None
     size: tuple[int, ...] | None = None  # voxels; for films, which have no millimetres
     window: tuple[int, ...] | None = None  # voxels seen at once in training, and best in use
-    orientation: Orientation | None = None
+    orientation: Literal["RAS"] | None = None
 
     def __post_init__(self) -> None:
         for given in (self.spacing_mm, self.size, self.window):

@@ -40,8 +40,8 @@ class Oracle(GVSL):
         self.answer, self.preprocessing = answer, recipe
         self.unet.forward = lambda x: x
 
-    def restore(self, local):
-        return self.answer(local)
+    def restore(self, image):
+        return self.answer(image)
 
 
 def ranked(scan, answer, recipe, monkeypatch, orders=48):

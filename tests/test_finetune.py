@@ -788,6 +788,17 @@ def test_each_part_of_a_run_warms_up_and_cools_down():
         assert [settings(8, **given, **changed).steps_of_head for changed in arms] == heads
 
 
+def test_the_rate_of_a_whole_network_falls_with_its_width():
+    whole, scratch, linear = settings(8), settings(8, from_scratch=True), settings(8, mode="linear")
+    assert [whole.peak_rate(channels) for channels in (128, 256, 512)] == [5e-3, 2.5e-3, 1.25e-3]
+    assert scratch.peak_rate(256) == 2 * whole.peak_rate(256)
+    assert linear.peak_rate(128) == linear.peak_rate(512)
+    assert settings(8, learning_rate=0.01).peak_rate(512) == 0.01
+    [wide] = [load("gvsl-unet-ct-small", task="segmentation", num_classes=2, pretrained=False)]
+    head = finetune.make_learner(wide, settings(8), make_accelerator("cpu")).optimizer.param_groups[-1]
+    assert head["lr"] == 2.5e-3
+
+
 @pytest.mark.parametrize("mode", ["full", "linear"])
 def test_a_classification_learns_its_encoder_or_its_head_alone(classes, tmp_path, mode):
     cases = read_cases(classes, task="classification")

@@ -142,7 +142,11 @@ def test_the_backbone_stays_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda data: data[:-1], VolumeError, r"the label map has .47, 36, 40. voxels, its scan .48, 36, 40.; .*same shape"),
+        (
+            lambda data: data[:-1],
+            VolumeError,
+            r".47, 36, 40. voxels, its scan .48, 36, 40.; .*same shape",
+        ),
         (lambda data: 0 * data, ArgumentError, "nothing but background; give a map with values above 0"),
         (lambda data: data.astype(np.int32) - 1, VolumeError, "values from -1 to 299; give whole numbers"),
         (lambda data: data.astype(np.int32) * 1000, VolumeError, "values from 0 to 300000; give whole numbers"),

@@ -44,7 +44,7 @@ def in_a_line(error: Exception) -> str:
         return f"{where}{error.strerror}; check the path, permissions and free space"
     full = isinstance(error, RuntimeError) and ("allocate memory" in text or "out of memory" in text)  # of any device
     if full or isinstance(error, MemoryError):
-        return "not enough memory; crop the scan, or use --grid model, --precision bf16 or another --device"
+        return "not enough memory; crop the scan, take smaller crops or batches, --precision bf16, or another --device"
     return f"unexpected {type(error).__name__}: {text}; --debug shows where"
 
 

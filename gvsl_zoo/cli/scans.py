@@ -198,6 +198,47 @@ def segment_command(
         click.get_current_context().exit(1)
 
 
+@main.command("classify")
+@click.option(
+    "-i",
+    "--input",
+    "source",
+    required=True,
+    type=click.Path(path_type=Path, exists=True),
+    help="A scan or film, a folder of them, or a data set's CSV, of which the test cases count if there are any.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="CSV of a row a case, as `evaluate` takes it.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+@with_model
+@with_json
+def classify_command(source: Path, output: Path | None, overwrite: bool, name: str, device: str, as_json: bool) -> None:
+    """Classify scans or films with a fine-tuned model: the probability of every class."""
+    from ..transfer.classify import classify_all, scans_at, table_of, trained_classes
+    from ..volume import check_outputs
+    from ..weights import write_whole
+    from ..zoo import load
+
+    check_ending(output, ".csv")
+    check_outputs([output], [source], overwrite)
+    backbone: Any = load(name)
+    labels = trained_classes(backbone)
+    model = load(name, task="classification", device=device)
+    scans = scans_at(source, films=backbone.ndim == 2)
+    with progress_bar("classify") as progress:
+        found, failed = classify_all(scans, model, progress=progress)
+    if output and found:
+        write_whole(output, table_of(found, labels).encode())
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    for case, probabilities in () if as_json else found.items():
+        click.echo(f"{case}: {', '.join(f'{label} {p:.3f}' for label, p in probabilities.items())}")
+    for case, cause in failed.items():
+        click.echo(f"error: {case}: {cause}", err=True)
+    if failed:
+        click.echo(f"error: {len(failed)} of {len(scans)} cases failed; the others are done", err=True)
+        click.get_current_context().exit(1)
+
+
 @main.command("demo")
 @click.option(
     "-i",

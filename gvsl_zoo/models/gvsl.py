@@ -89,9 +89,9 @@ class GVSL(OnBackbone):
         aligned = torch.empty_like(fixed.local).copy_(aligned)  # type and memory format in one pass
         return affine, self.out_flow(self.sp_conv(torch.cat([aligned, fixed.local], 1)))
 
-    def restore(self, local: Tensor) -> Tensor:
-        """Undamaged image (B, 1, *shape) from the local features (B, C, *shape) of a damaged one."""
-        return self.res_conv(local)
+    def restore(self, image: Tensor) -> Tensor:
+        """Undamaged image (B, 1, *shape) from a damaged one (B, C, *shape)."""
+        return self.res_conv(self.unet(image))
 
     def features(self, fixed: Tensor, moving: Tensor, *, cross: bool = False) -> tuple[Features, Features]:
         """Features of both images (B, C, *shape), from one pass of the backbone; with `cross` they see each other."""
@@ -101,7 +101,7 @@ class GVSL(OnBackbone):
         """Match `moving` to `fixed`, both (B, C, *shape) in [0, 1], and restore `fixed`."""
         f_fixed, f_moving = self.features(fixed, moving)
         affine, flow = self.match(f_fixed, f_moving)
-        restored = self.restore(f_fixed.local)
+        restored = self.res_conv(f_fixed.local)
         if self.released:
             return Matching(released_warp(released_affine_warp(moving, affine), flow), affine, flow, restored)
         displacement = compose(affine, flow)

@@ -143,13 +143,12 @@ class Pretraining(nn.Module):
         restored: Tensor | None = None
         with torch.autocast(batch.fixed.device.type, torch.bfloat16, enabled=config.bf16):
             if not self.matches:
-                local = model.unet.forward_features(batch.damaged).local
-                restored = model.restore(local)
+                restored = model.restore(batch.damaged)
             else:
                 f_fixed, f_moving = model.features(batch.damaged, batch.moving, cross=batch.cross)
                 affine, flow = model.match(f_fixed, f_moving)
                 if self.restores:
-                    restored = model.restore(f_fixed.local)
+                    restored = model.res_conv(f_fixed.local)
         if self.matches:
             displacement = compose(affine, flow)
             terms["ncc"] = config.ncc * ncc_loss(warp(batch.moving, displacement), batch.fixed, config.scales)

@@ -91,7 +91,7 @@ class Store:
     """A store opened to read. Opening and cropping cost the same however many volumes there are; pickles are small.
 
     Args:
-        path: the folder that `prepare_store` wrote, or the URL to which `copy_store` copied one. Of a folder the
+        path: the folder that `prepare_store` wrote, or the URL to which `upload_store` copied one. Of a folder the
             index is mapped; from a URL every process that opens it fetches it whole, 68 bytes a volume.
 
     Errors: VolumeError if it is none, is unfinished, damaged, of a newer version, or out of reach.

@@ -36,11 +36,10 @@ class Answer(NamedTuple):
 
 def answer(model: WholeModule, fixed: Tensor, moving: Tensor, damaged: Tensor) -> Answer:
     f_fixed, f_moving = model.features(fixed, moving)
+    restored = model.restore(damaged)
     if isinstance(model, GEMINI):
-        displacement = model.deform(f_moving.local, f_fixed.local)
-        return Answer(displacement, model.restore(damaged), f_fixed.bottleneck, None)
+        return Answer(model.deform(f_moving.local, f_fixed.local), restored, f_fixed.bottleneck, None)
     affine, flow = model.match(f_fixed, f_moving)
-    restored = model.restore(model.unet.forward_features(damaged).local)
     return Answer(compose(affine, flow), restored, f_fixed.bottleneck, affine)
 
 

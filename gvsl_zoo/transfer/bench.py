@@ -487,7 +487,8 @@ def common_settings(
         "save_every",
         "keep_last",
     )
-    reports: dict[str, Any] = {model: load(model).load_report for model in models}
+    loaded: dict[str, Any] = {model: load(model) for model in models}
+    channels = {model: backbone.feature_info.channels()[-1] for model, backbone in loaded.items()}
     settings = {
         "pool": [case.name for case in pool],
         "test": [case.name for case in test],
@@ -495,18 +496,25 @@ def common_settings(
         "files": files_hash((*pool, *test)),
         "labels": {label.name: label.value for label in pool.labels},
         "training": {name: value for name, value in asdict(config).items() if name not in own},
-        "learning rates": learning_rates(config, modes),
-        "models": {model: report.sha256 for model, report in reports.items()},
+        "learning rates": learning_rates(config, modes, channels),
+        "models": {model: backbone.load_report.sha256 for model, backbone in loaded.items()},
     }
     return json.loads(json.dumps(settings))
 
 
-def learning_rates(config: FinetuneConfig, modes: Sequence[str]) -> dict[str, float]:
-    """The peak of every mode, which of the whole network is another from scratch."""
-    arms = {mode: replace(config, mode=mode, from_scratch=False) for mode in modes}  # type: ignore[arg-type]
-    if "full" in arms:
-        arms[f"full, {SCRATCH}"] = replace(config, mode="full", from_scratch=True)
-    return {name: arm.peak_rate for name, arm in arms.items()}
+def learning_rates(config: FinetuneConfig, modes: Sequence[str], channels: Mapping[str, int]) -> dict[str, float]:
+    """The peak of every model and mode, which of the whole network is another from scratch.
+
+    Args:
+        channels: of the deepest level, by model.
+    """
+    rates = {}
+    for mode, (model, wide) in itertools.product(modes, channels.items()):
+        arm = replace(config, mode=mode, from_scratch=False)  # type: ignore[arg-type]
+        rates[f"{model}, {mode}"] = arm.peak_rate(wide)
+        if mode == "full":
+            rates[f"{SCRATCH} of {model}, {mode}"] = replace(arm, from_scratch=True).peak_rate(wide)
+    return rates
 
 
 def check_settings(settings: dict[str, Any], out: Path) -> None:

@@ -13,8 +13,9 @@ Task = Literal["segmentation", "classification"]
 Mode = Literal["full", "linear"]
 Unit = Literal["HU", "arbitrary", "grey"]
 CROP = {3: 64, 2: 256}  # voxels an axis, by the number of axes
-LEARNING_RATE = {"full": 5e-3, "linear": 0.1}
-SCRATCH_RATE = 1e-2  # of the whole network
+LINEAR_RATE = 0.1  # of a head on frozen features
+FULL_RATE, SCRATCH_RATE = 5e-3, 1e-2  # of a whole network whose deepest level has as many channels as this:
+CHANNELS = 128
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class FinetuneConfig(RunConfig):
     subjects: how many to train on; default all that are not held out.
     validation: share of the subjects held out, on which the best weights are chosen; 0: the last ones are kept.
     save_every: steps between checkpoints, each with a validation.
-    learning_rate: peak, of the head; linear warm-up, cosine to zero. Default 5e-3, from scratch 1e-2, linear 0.1.
+    learning_rate: peak, of the head; linear warm-up, cosine to zero. Default 0.1 in mode linear; else 5e-3, from
+        scratch 1e-2, for a backbone of 128 channels in its deepest level, and the less the more it has (`peak_rate`).
     head_steps: steps first in which the head learns alone, ten times as fast: one that knows nothing would spoil the
         pre-trained weights (Kumar et al. 2022); default a quarter; never from scratch.
     layer_decay: by which pre-trained levels learn slower, level by level towards the input; from scratch all alike.
@@ -102,11 +104,20 @@ class FinetuneConfig(RunConfig):
             return 0
         return self.steps // 4 if self.head_steps is None else self.head_steps
 
-    @property
-    def peak_rate(self) -> float:
-        """Of the head, while all learn that do."""
-        default = SCRATCH_RATE if self.from_scratch and self.mode == "full" else LEARNING_RATE[self.mode]
-        return default if self.learning_rate is None else self.learning_rate
+    def peak_rate(self, channels: int) -> float:
+        """Of the head, while all learn that do.
+
+        A step of Adam moves what a layer says by more the wider the layer is, so the rate of a whole network falls with
+        its width (Yang et al. 2022, Tensor Programs V).
+
+        Args:
+            channels: of the backbone's deepest level.
+        """
+        if self.learning_rate is not None:
+            return self.learning_rate
+        if self.mode == "linear":
+            return LINEAR_RATE
+        return (SCRATCH_RATE if self.from_scratch else FULL_RATE) * CHANNELS / channels
 
 
 def settings_of(steps: int, named: dict[str, Any], others: tuple[str, ...] = ()) -> FinetuneConfig:

@@ -92,6 +92,8 @@ def input_of(config: FinetuneConfig, base: ModelEntry) -> Input:
         given = replace(given, size=config.crop_for(2))
     if config.task == "segmentation":
         given = replace(given, window=config.crop_for(ndim) if config.mode == "full" else WINDOW[:ndim])
+    elif ndim == 3:
+        given = replace(given, window=config.crop_for(3))
     return given
 
 

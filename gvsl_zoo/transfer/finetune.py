@@ -223,7 +223,8 @@ def make_learner(model: HeadedModel, config: FinetuneConfig, accelerator: Any) -
     task.to(memory_format=layout)  # type: ignore[call-overload]
     model.backbone.set_grad_checkpointing(config.checkpointing)
     decay = 1.0 if config.from_scratch else config.layer_decay
-    groups = [group for group in model.parameter_groups(config.peak_rate, decay) if group["params"]]
+    peak = config.peak_rate(model.backbone.feature_info.channels()[-1])
+    groups = [group for group in model.parameter_groups(peak, decay) if group["params"]]
     return Learner(
         model,
         task,
