@@ -39,7 +39,7 @@ from benchmarks.timing import RESULTS, machine
 from gvsl_zoo import load
 from gvsl_zoo.errors import ArgumentError
 from gvsl_zoo.ledger import check_unseen
-from gvsl_zoo.transfer.bench import STATISTICS, Bench, Comparison, bench, scratch_arms
+from gvsl_zoo.transfer.bench import STATISTICS, Bench, Comparison, bench, scratch_arms, scratch_before
 from gvsl_zoo.transfer.cases import read_cases
 from gvsl_zoo.transfer.config import FinetuneConfig
 from gvsl_zoo.transfer.statistics import compare, holm
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--together", action="store_true", help="the models are runs of one recipe")
     options = parser.parse_args()
     data, models = options.data.resolve(), options.model.split(",")
-    arms = scratch_arms(models)
+    arms = scratch_arms(models, scratch_before(options.out / "fold-0" if options.task == "xray" else options.out))
     if options.together and (len(models) < 2 or len(set(arms.values())) > 1):
         parser.error("--together takes two models or more, all of one shape and input")
     settings: dict[str, Any] = {

@@ -103,7 +103,8 @@ def autopsy(scan: str | os.PathLike[str] | Volume, entry: ModelEntry) -> list[Ch
     values, spacing_mm, view_mm = _seen(own_plane(volume) if entry.ndim == 2 else volume)
     checks.append(_intensity(values, entry))
     if entry.ndim == 2:
-        return [*checks, _film(values[0])] if min(values[0].shape) >= SMALLEST_FILM else checks
+        shows = min(values[0].shape) >= SMALLEST_FILM and values.min() < values.max()
+        return [*checks, _film(values[0])] if shows else checks
     if not any(check.what == "orientation" for check in checks):
         codes = "".join(nib.orientations.aff2axcodes(volume.affine))
         checks.append(Check("orientation", "PASS", f"axes {codes}, turned to RAS+ on the way in"))

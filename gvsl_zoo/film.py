@@ -67,7 +67,7 @@ def prepare_film(film: Volume, recipe: FilmPreprocessing) -> Prepared:
     width, height, _ = one_slice(film).shape
     H, W = recipe.size or (height, width)
     x, y, z = film.spacing_mm
-    window = recipe.window if film.data.max() <= EIGHT_BITS else (None, None)
+    window = (None, None) if (film.data > EIGHT_BITS).any() else recipe.window
     spacing = (z, y * height / H, x * width / W)
     flat = own_plane(film)
     prepared = prepare(flat, Preprocessing(spacing, unit="arbitrary", window=window, scale=recipe.scale))

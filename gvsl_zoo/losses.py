@@ -23,7 +23,8 @@ def box_sum(x: Tensor, window: int) -> Tensor:
 
     One product with a banded matrix an axis: exact to float32 rounding, unlike running sums, and its own adjoint.
     """
-    return _banded(x, _bands(x, window))
+    with full_precision(x):
+        return _banded(x, _bands(x, window))
 
 
 def _bands(like: Tensor, window: int) -> list[Tensor]:
@@ -140,7 +141,8 @@ def smoothness_loss(displacement: Tensor) -> Tensor:
     """Squared forward differences of a displacement (B, n, *shape): mean over each axis, then over the axes; scalar."""
     x = displacement.float()
     axes = range(2, x.ndim)
-    return torch.stack([x.diff(dim=axis).square().mean() for axis in axes if x.shape[axis] > 1]).sum() / len(axes)
+    terms = [x.diff(dim=axis).square().mean() for axis in axes if x.shape[axis] > 1]
+    return torch.stack(terms).sum() / len(axes) if terms else 0 * x.sum()
 
 
 def restoration_loss(restored: Tensor, image: Tensor) -> Tensor:

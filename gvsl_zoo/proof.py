@@ -25,6 +25,7 @@ from .models.gemini import GEMINI, WholeModule
 from .models.heads import HeadedModel
 from .registry import Digest, Proof
 from .sources import ANYWHERE, Access
+from .spatial import MATRIX_PRODUCTS, exact
 from .volume import Preprocessing, Volume
 from .zoo import load, resolve_device, widest_task
 
@@ -102,8 +103,9 @@ def digest(output: Tensor) -> tuple[float, ...]:
 
 def _digests(model: nn.Module, spacing_mm: tuple[float, ...] | None, *, bf16: bool = False) -> tuple[Digest, ...]:
     device, digests = next(model.parameters()).device, []
-    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # TF32 has 10 bits, which the proof would see
-    with torch.inference_mode(), exact, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    convolutions = torch.backends.cudnn.conv, torch.backends.mkldnn.conv  # type: ignore[attr-defined]
+    in_full = exact(*convolutions, *MATRIX_PRODUCTS)  # the proof sees TF32
+    with torch.inference_mode(), in_full, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for image in SIZES:
             fixed, moving = (_prepared(model, image, spacing_mm, one).to(device) for one in (False, True))
             digests += [Digest(image, name, digest(out)) for name, out in _outputs(model, fixed, moving).items()]
@@ -154,6 +156,7 @@ def prove(
         remedy = "give a backbone, a whole module or a trained head"
         raise ArgumentError(f"a {type(model).__name__} cannot be proved", remedy)
     copied = copy.deepcopy(model).to("cpu", stored).float().eval()
+    copied.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as from a file: sums round alike
     copied.preprocessing = recipe or recipe_of(model)
     spacing_mm = None
     if isinstance(copied.preprocessing, Preprocessing):

@@ -56,12 +56,17 @@ def _pattern(expression: str, meaning: str, clean: Callable[[str], str] = str) -
     return check
 
 
+def is_device_name(name: str) -> bool:
+    """Whether a file cannot be called so on Windows."""
+    return re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d|conin\$|conout\$) *(\..*)?", name, re.IGNORECASE) is not None
+
+
 def _plain(text: str) -> str:
     """A path without traps: the same file on every system, no step upwards; a leading / or C:/ may stand."""
     for part in text[len(Path(text).anchor) :].split("/"):
         if part in ("", ".", "..") or part[-1] in ". " or re.search(r'[\\<>:"|?*\x00-\x1f]', part):
             raise ValueError(f"{_short(text)} is not a plain path: no '..', backslash, ':' or control character")
-        if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d|conin\$|conout\$) *(\..*)?", part, re.IGNORECASE):
+        if is_device_name(part):
             raise ValueError(f"{_short(text)} holds {part!r}, a device name on Windows")
     return text
 

@@ -7,7 +7,8 @@ about the centre c of the grid: p -> M (p - c) + c + t. All transforms pull back
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .errors import ArgumentError
 MAX_ROTATION = math.pi / 9  # 20 degrees an axis; ranges of the affine head: released code of He et al. 2023
 MAX_SCALING = 0.25  # scale 0.75 to 1.25
 MAX_SHEAR = math.pi / 18  # 10 degrees
+MATRIX_PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 
 
 def identity_grid(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -92,9 +94,28 @@ def warp(moving: Tensor, displacement: Tensor, *, mode: str = "bilinear") -> Ten
     return sample(moving, displacement + identity_grid(displacement.shape[2:], displacement), mode=mode)
 
 
-def full_precision(tensor: Tensor) -> torch.autocast:
-    """A context without automatic mixed precision: coordinates and local variances do not survive bf16."""
-    return torch.autocast(tensor.device.type, enabled=False)
+@contextmanager
+def exact(*operations: Any) -> Iterator[None]:
+    """float32 in full in some of PyTorch's backends (`torch.backends`), whatever the process has chosen: no TF32."""
+    lowered = [(one, one.fp32_precision) for one in operations if one.fp32_precision not in ("none", "ieee")]
+    try:
+        for operation, _ in lowered:
+            operation.fp32_precision = "ieee"
+        yield
+    finally:
+        for operation, precision in lowered:
+            operation.fp32_precision = precision
+
+
+@contextmanager
+def full_precision(tensor: Tensor) -> Iterator[None]:
+    """float32 in full: coordinates and local variances survive neither mixed precision nor products in TF32."""
+    with torch.autocast(tensor.device.type, enabled=False):
+        if torch.compiler.is_compiling():  # which knows no other precision than that of its start
+            yield
+        else:
+            with exact(*MATRIX_PRODUCTS):
+                yield
 
 
 class _Bounded(torch.autograd.Function):

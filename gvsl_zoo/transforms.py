@@ -365,7 +365,7 @@ def warp_volume(moving: Volume, transform: Transform, grid: Grid, *, nearest: bo
     """
     channels = moving.data if moving.data.ndim == 4 else moving.data[..., None]
     source = Grid.of(moving)
-    outside = 0.0 if nearest else max(float(moving.data.min()), CT_WINDOW_HU[0])
+    outside = 0.0 if nearest else max(float(np.fmin.reduce(moving.data, None)), CT_WINDOW_HU[0])  # NaN is no minimum
     kind = moving.data.dtype if nearest else np.dtype(np.float32)
     out = np.full((*grid.shape, channels.shape[3]), outside, kind, order="F")
     shown = False

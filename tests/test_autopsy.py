@@ -317,3 +317,10 @@ def test_the_command_takes_a_models_own_file(scan, tmp_path):
 def test_options_of_a_scan_without_one_are_a_wrong_call():
     result = run("doctor", "--model", NANO)
     assert result.exit_code == 2 and "--model and --infer-preprocessing go with --input" in result.output
+
+
+def test_a_film_of_one_value_is_not_asked_for_its_bones(tmp_path):
+    film = Volume(np.full((64, 64, 1), 100, np.uint8), np.eye(4))
+    with np.errstate(all="raise"):
+        checks = autopsy(film, model_info("gvsl-unet-xray-nano"))
+    assert "inversion" not in {check.what for check in checks} and "FAIL" in {check.verdict for check in checks}

@@ -23,7 +23,18 @@ from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.pretrain.anatomy import LABELS, sample_film, sample_subject
 from gvsl_zoo.transfer import bench as room
 from gvsl_zoo.transfer import finetune as loop
-from gvsl_zoo.transfer.bench import Bench, Cell, Trainings, bench, compared, dice_of_labels, hold_out, scratch_arms
+from gvsl_zoo.transfer.bench import (
+    Bench,
+    Cell,
+    Trainings,
+    bench,
+    compared,
+    dice_of_labels,
+    hold_out,
+    scratch_arms,
+    scratch_before,
+    shape_of,
+)
 from gvsl_zoo.transfer.cases import Case, Cases, read_cases
 from gvsl_zoo.transfer.config import FinetuneConfig
 from gvsl_zoo.transfer.evaluate import overlap
@@ -168,8 +179,24 @@ def test_models_of_one_shape_share_their_scratch(tmp_path):
     entry = replace(model_info(NANO), heads=(), sources=())
     save_pretrained(UNet(3, 8), other, entry=entry)
     save_pretrained(UNet(3, 16), wider, entry=replace(entry, config=entry.config | {"width": 16}))
-    arms = scratch_arms([NANO, str(other), str(wider)])
+    arms = scratch_arms([NANO, str(other), str(wider)], {})
     assert arms == {NANO: "scratch", str(other): "scratch", str(wider): f"scratch of {wider}"}
+    begun = {"scratch": shape_of(NANO)}  # a bench that goes on with others knows whose shape its arm has
+    assert scratch_arms([str(wider), str(other)], begun) == {str(wider): f"scratch of {wider}", str(other): "scratch"}
+
+
+def test_a_bench_notes_the_shape_of_its_arm_without_weights_and_each_mode_once(cases, done):
+    _, out, _ = done
+    assert scratch_before(out) == {"scratch": shape_of(NANO)} and scratch_before(out / "nothing") == {}
+    again = bench(cases, [NANO], CONFIG, out, counts=[1, 3], modes=["linear", "linear"], device="cpu")
+    assert len(again.cells) == 12 and len(again.comparisons) == 2
+    assert not [path for path in (out / "cells").iterdir() if path.is_dir()]
+
+
+def test_a_bench_of_several_processes_is_refused(cases, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ArgumentError, match="a bench under torchrun; start it in one process"):
+        bench(cases, [NANO], CONFIG, tmp_path, counts=[1], modes=["linear"], device="cpu")
 
 
 # --- Interruption ---------------------------------------------------------------------------------------------------

@@ -404,3 +404,18 @@ def test_the_command_names_what_is_no_store(tmp_path):
     result = CliRunner().invoke(main, ["prepare", "-i", str(tmp_path), "-o", "memory://x"])
     assert result.exit_code == 1 and "is not a store: no store.json" in result.output
     assert Bucket("memory://x").volumes() == set()
+
+
+def test_what_is_prepared_during_an_upload_is_left_for_the_next(tmp_path, store, volumes, monkeypatch):
+    index, sent = np.load(store / "index.npy"), []
+
+    def prepared_meanwhile(bucket, entry, volume):
+        if not sent:
+            np.save(store / "index.npy", np.concatenate([index, index[:1]]))
+        sent.append(write_volume(bucket, entry, volume))
+
+    write_volume = room.Bucket.write_volume
+    monkeypatch.setattr(room.Bucket, "write_volume", prepared_meanwhile)
+    upload_store(store, f"file://{tmp_path}/remote")
+    assert len(sent) == len(volumes)
+    np.testing.assert_array_equal(np.load(tmp_path / "remote" / "index.npy"), index)

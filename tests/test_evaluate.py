@@ -392,3 +392,48 @@ def test_the_command_scores_classes(tmp_path):
     printed = json.loads(result.output)
     assert printed["accuracy"]["mean"] == 0.75 and printed["labels"]["ill"]["auc"]["mean"] == 1
     assert {path.name for path in Path(tmp_path / "out").iterdir()} == {"scores.csv", "summary.json", "scores.png"}
+
+
+def test_the_exact_name_of_a_case_goes_before_that_of_a_first_channel(folders):
+    write(folders / "predicted", "a_0000", 0 * cube([2, 2, 2]))  # the image, say, beside its prediction
+    assert evaluate(folders / "predicted", folders / "truth").scores[0].overlap.dice == 1
+
+
+def test_the_background_is_no_label_whoever_names_it(folders):
+    found = evaluate(folders / "predicted", folders / "truth", labels={"background": 0, "one": 1})
+    assert found.labels == ("one",)
+
+
+@pytest.mark.parametrize(
+    ("references", "message"),
+    [
+        ("case,label\nc0,ill\nc1,\n", r"c1 without a label; name the true class of each"),
+        ("case,label\nc0,ill\nc0,healthy\n", r"r.csv has several rows of c0; keep one of each"),
+        ("", r"lacks the column image or label|has no rows"),
+    ],
+    ids=["no label", "twice", "empty"],
+)
+def test_a_table_of_classes_that_says_nothing_or_two_things_of_a_case_is_refused(tmp_path, references, message):
+    files = tables(tmp_path, [0.2, 0.7], ["ill", "ill"])
+    files[1].write_text(references)
+    with pytest.raises(ArgumentError, match=message):
+        evaluate(*files, task="classification")
+
+
+def test_space_about_a_name_is_no_part_of_it_and_one_class_can_be_scored(tmp_path):
+    predictions, references = tables(tmp_path, [0.2, 0.7], ["ill", "ill"])
+    references.write_text("case, label\n c0 , ill\nc1,ill \n".replace(" label", "label"))
+    assert evaluate(predictions, references, task="classification").missing == ()
+    for name in "ab":
+        write(tmp_path, name, cube([2, 2, 2]))
+    references.write_text("case,image,label\nc0,a.nii.gz,ill\nc1,b.nii.gz,ill\n")
+    assert evaluate(predictions, references, task="classification").summary["accuracy"]["mean"] == 0.5
+
+
+def test_the_command_replaces_no_input(tmp_path):
+    predictions, references = tables(tmp_path, [0.2, 0.7], ["ill", "ill"])
+    predictions = predictions.rename(tmp_path / "scores.csv")
+    words = ["evaluate", "--predictions", str(predictions), "--references", str(references), "-o", str(tmp_path)]
+    before = predictions.read_bytes()
+    result = CliRunner().invoke(main, [*words, "--task", "classification"])
+    assert result.exit_code == 1 and "scores.csv" in result.stderr and predictions.read_bytes() == before

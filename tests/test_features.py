@@ -258,3 +258,15 @@ def test_features_of_real_scans_lie_where_the_scan_lies(name: str) -> None:
     assert out.data.shape == (*scan.shape, 2) and np.array_equal(out.affine, scan.affine)
     scaled = np.clip((scan.data[::4, ::4, ::2].astype(float) + 1024) / 2048, 0, 1)
     assert np.corrcoef(out.data[::4, ::4, ::2, 0].ravel(), scaled.ravel())[0, 1] > 0.9  # a blur of the scan itself
+
+
+def test_a_compiled_model_gives_the_same_features() -> None:
+    model, scan = ready(unet()), phantom()
+    compiled = torch.compile(model, backend="eager")
+    np.testing.assert_allclose(features(scan, compiled).data, features(scan, model).data, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_components_of_features_of_any_type(dtype: torch.dtype) -> None:
+    dense = torch.rand(5, 6, 7, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    torch.testing.assert_close(principal_components(dense), principal_components(dense.float()))

@@ -778,6 +778,52 @@ def test_the_head_learns_alone_first_and_then_the_network_with_it(scans, classes
     assert untimed(records(tmp_path / "alone")) == untimed(records(tmp_path / "both"))[:3]
 
 
+def test_a_run_does_not_go_on_from_other_weights_than_it_started_from(scans, tmp_path, monkeypatch):
+    base = load(NANO)
+    base.save_pretrained(tmp_path / "base")
+    given = {"model": str(tmp_path / "base"), "mode": "linear"}
+    stop_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt, match="power cut"):
+        train(lungs(scans), tmp_path / "run", 4, **given)
+    monkeypatch.undo()
+    with torch.no_grad():
+        next(base.parameters()).mul_(2)
+    base.save_pretrained(tmp_path / "base")
+    with pytest.raises(ArgumentError, match=r"the weights that the run in .* started from have changed; give them"):
+        train(lungs(scans), tmp_path / "run", 4, **given)
+
+
+def test_images_of_another_range_than_0_to_1_are_refused(scans, tmp_path):
+    entry = model_info(NANO)
+    wide = replace(entry.input, intensity=replace(entry.input.intensity, scale=(-1.0, 1.0)))
+    save_pretrained(load(NANO), tmp_path / "base", entry=replace(entry, input=wide, sources=(), proof=None))
+    with pytest.raises(ArgumentError, match=f"{NANO} takes images from -1 to 1; fine-tuning knows only 0 to 1"):
+        train(lungs(scans), tmp_path / "run", 1, model=str(tmp_path / "base"))
+
+
+def test_a_run_replaces_no_file_of_other_origin(scans, tmp_path):
+    for name in ("README.md", "config.json"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text('{"mine": true}')
+        with pytest.raises(ArgumentError, match=f"holds files of other origin: {name}; choose another folder"):
+            train(lungs(scans), folder, 1)
+        assert [path.name for path in folder.iterdir()] == [name]
+
+
+def test_a_run_called_as_a_device_of_windows_is_renamed(scans, tmp_path):
+    model = train(lungs(scans), tmp_path / "aux", 1)
+    assert model.entry.name == "run-aux" and "in_chans" not in model.entry.config
+
+
+def test_a_checkpoint_that_was_being_replaced_is_found_again(scans, tmp_path):
+    train(lungs(scans), tmp_path, 2)
+    checkpoint = tmp_path / "checkpoints" / "00000002"
+    checkpoint.rename(checkpoint.with_name(".00000002.old"))
+    with Run(tmp_path, settings(2)).locked():
+        assert [path.name for path in checkpoint.parent.iterdir()] == ["00000002"]
+
+
 def test_each_part_of_a_run_warms_up_and_cools_down():
     config = settings(8, head_steps=3)
     rates = [finetune.rate(step, config) for step in range(8)]

@@ -385,3 +385,9 @@ def test_the_dice_loss_counts_the_voxels_of_a_batch_together(shape):
 def test_the_dice_loss_is_float32_also_of_bf16_logits():
     logits, truth = labelled((9, 9))
     assert dice_loss(logits.bfloat16(), truth).dtype == torch.float32
+
+
+def test_one_voxel_is_smooth():
+    x = torch.ones(1, 3, 1, 1, 1, requires_grad=True)
+    smoothness_loss(x).backward()
+    assert smoothness_loss(x) == 0 and not x.grad.any()

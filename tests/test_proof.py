@@ -441,3 +441,25 @@ def test_the_script_proves_a_run_by_its_own_registry(changes, tmp_path, monkeypa
     assert replace(after, proof=None, input_statistics=None) == before and after.input_statistics.images == 1
     result = run("verify", name, "--maths")
     assert result.exit_code == 0 and f"PASS  {name} (maths" in result.output, result.output
+
+
+def test_a_proof_holds_in_a_process_that_has_chosen_tf32(proved, tmp_path):
+    model = load("gvsl-unet-ct-nano")
+    torch.backends.fp32_precision = "tf32"
+    try:
+        model.save_pretrained(tmp_path / "model")
+    finally:
+        torch.backends.fp32_precision = "none"
+    assert load(tmp_path / "model").entry.proof == save_and_load(model, tmp_path / "again").entry.proof
+
+
+def test_a_channels_last_model_gets_the_proof_of_its_file(tmp_path):
+    model = load("gvsl-unet-ct-nano", task="pretraining")
+    plain = save_and_load(model, tmp_path / "plain").entry.proof
+    last = save_and_load(model.to(memory_format=torch.channels_last_3d), tmp_path / "last").entry.proof
+    assert last == plain
+
+
+def save_and_load(model, path):
+    model.save_pretrained(path)
+    return load(path)

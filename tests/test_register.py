@@ -462,3 +462,21 @@ def test_moments_undo_a_turn_and_a_shift(known):
 def test_the_page_holds_the_tables_of_the_measurements():
     page = bench.PAGE.read_text()
     assert bench.with_tables(page, json.loads((RESULTS / "register.json").read_text())) == page
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_fit_needs_no_gradients_of_its_caller(pair, mode):
+    (fixed, _), (moving, _) = pair
+    model = load("gvsl-unet-ct-nano")
+    plain = register(moving, fixed, model, refine=3)
+    with mode():
+        found = register(moving, fixed, model, refine=3)
+    np.testing.assert_array_equal(found.warped.data, plain.warped.data)
+
+
+def test_the_heads_of_a_compiled_model_are_seen(pair):
+    (fixed, _), (moving, _) = pair
+    model = load("gvsl-unet-ct-nano", task="registration")
+    plain = register(moving, fixed, model)
+    found = register(moving, fixed, torch.compile(model, backend="eager"))
+    np.testing.assert_array_equal(found.warped.data, plain.warped.data)

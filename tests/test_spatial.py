@@ -10,10 +10,13 @@ from formula import image, rnd
 
 from gvsl_zoo.errors import ArgumentError
 from gvsl_zoo.spatial import (
+    MATRIX_PRODUCTS,
     affine_coordinates,
     affine_matrix,
     affine_warp,
     compose,
+    exact,
+    full_precision,
     identity_grid,
     jacobian_determinant,
     sample,
@@ -391,3 +394,33 @@ def test_sharing_an_image_out_to_threads_changes_neither_values_nor_gradients(wa
         torch.set_num_threads(threads)
     for alone, shared in zip(*results, strict=True):
         torch.testing.assert_close(shared, alone)
+
+
+@pytest.fixture
+def lowered():
+    """A process that has chosen TF32 for every product of matrices and convolution."""
+    torch.backends.fp32_precision = "tf32"
+    yield
+    torch.backends.fp32_precision = "none"
+
+
+def test_what_needs_float32_in_full_gets_it_whatever_the_process_has_chosen(lowered):
+    def chosen():
+        return [operation.fp32_precision for operation in MATRIX_PRODUCTS]
+
+    assert chosen() == ["tf32"] * 2
+    with full_precision(torch.ones(1)):
+        assert chosen() == ["ieee"] * 2
+    assert chosen() == ["tf32"] * 2
+    with pytest.raises(ZeroDivisionError, match="zero"), exact(*MATRIX_PRODUCTS):
+        _ = 1 / 0
+    assert chosen() == ["tf32"] * 2
+
+
+def test_a_process_that_has_chosen_nothing_is_left_alone(monkeypatch):
+    class Operation:
+        fp32_precision = "none"
+
+    operation = Operation()
+    with exact(operation):
+        assert operation.fp32_precision == "none"

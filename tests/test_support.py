@@ -175,3 +175,31 @@ def test_the_command_segments_from_a_labelled_scan(tmp_path: Path) -> None:
         target, fit_support([(scan, replace(labels, comment=label_comment(NAMES)))], load("gvsl-unet-ct-nano"))
     )
     np.testing.assert_array_equal(read_volume(tmp_path / "out.nii.gz").data, expected.data)
+
+
+def test_a_module_with_heads_lends_its_backbone() -> None:
+    scan, labels = subject(1)
+    alone, whole = (
+        fit_support([(scan, labels)], load("gvsl-unet-ct-nano", task=t)) for t in ("backbone", "registration")
+    )
+    assert torch.equal(alone.weight, whole.weight) and whole.preprocessing == alone.preprocessing
+    with pytest.raises(ArgumentError, match="a 2D model for a volume"):
+        fit_support([(scan, labels)], load("gvsl-unet-xray-nano"))
+
+
+def test_it_fits_in_inference_mode_too() -> None:
+    scan, labels = subject(1)
+    plain = fit_support([(scan, labels)], Polynomial())
+    with torch.inference_mode():
+        fitted = fit_support([(scan, labels)], Polynomial())
+        found = segment(scan, fitted)
+    torch.testing.assert_close(fitted.weight, plain.weight)
+    np.testing.assert_array_equal(found.data, segment(scan, plain).data)
+
+
+def test_it_runs_in_double() -> None:
+    scan, labels = subject(1)
+    fitted = fit_support([(scan, labels)], unet())
+    x = torch.rand(1, 1, 16, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(fitted.double()(x.double()).float(), fitted.float()(x), rtol=1e-4, atol=1e-4)

@@ -6,6 +6,8 @@ import math
 import os
 import re
 import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from formula import assert_as_recorded, image, recorded
 
 from gvsl_zoo.errors import ArgumentError
 from gvsl_zoo.models.backbone import Conv3d, FeatureList, initialise, pad_to_multiple
-from gvsl_zoo.models.unet import UNet, upsample
+from gvsl_zoo.models.unet import UNet, has_triton, upsample
 from gvsl_zoo.models.xmorpher import XMorpher
 
 SIZES = [(37, 50, 61), (8, 8, 8), (5, 17, 3), (1, 1, 1), (37, 50), (8, 8), (5, 17), (1, 1)]
@@ -384,3 +386,15 @@ def test_upsampling_is_pytorch_s_with_the_corners_of_the_released_models(ndim, m
     expected = F.interpolate(x, scale_factor=2, mode=mode, align_corners=ndim == 3)
     assert torch.equal(upsample(x), expected)
     assert torch.equal(upsample(x.requires_grad_()), expected)
+
+
+def test_where_no_kernel_can_be_compiled_the_layers_of_pytorch_run(monkeypatch):
+    monkeypatch.setattr("gvsl_zoo.models.unet.find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setitem(sys.modules, "gvsl_zoo.models.fused", SimpleNamespace(norm_leaky=no_compiler))
+    with pytest.warns(UserWarning, match=r"Triton does not work here, PyTorch's own kernels are used: "):
+        assert not has_triton.__wrapped__()
+
+
+def no_compiler(*_):
+    raise RuntimeError("Failed to find C compiler")

@@ -298,3 +298,13 @@ def test_real_scans_are_warped_as_simpleitk_warps_them(tmp_path):
     apart = np.abs(read_volume(tmp_path / "out.nii").data - wanted)
     assert (wanted > -1024).mean() > 0.2
     assert np.quantile(apart, 0.9999) < 0.2 and apart.mean() < 0.01  # HU
+
+
+def test_voxels_that_are_no_number_stay_where_they_are():
+    data = np.ones((10, 10, 24), np.float32)
+    data[..., :3] = np.nan
+    moving = Volume(data, np.eye(4))
+    shift = np.eye(4)
+    shift[2, 3] = 10
+    found = warp_volume(moving, Affine(shift), Grid.of(moving)).data
+    assert np.isfinite(found).all() and (found[..., 15:] == 1).all()

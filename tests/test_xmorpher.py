@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from formula import DATA, assert_as_recorded, image, recorded, weight
+from torch import nn
 
 from gvsl_zoo import Volume, features, load, model_info, pooled_features, register, save_pretrained, segment
 from gvsl_zoo.errors import ArgumentError
@@ -728,3 +729,22 @@ def test_a_classification_leaves_no_gradient_in_the_decoder():
             parameter.requires_grad_(False)
     whole.forward_intermediates(noise(1, 1, 64, 64), (-1,))[0].square().sum().backward()
     assert all((p.grad is None) != p.requires_grad for p in whole.parameters())
+
+
+def test_an_adapter_in_the_place_of_a_layer_is_called():
+    """As LoRA puts one there."""
+
+    class Adapter(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.gain = layer, nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return self.gain * self.layer(x)
+
+    model = xmorpher()
+    wrapped = [block.cross_attn for block in model.modules() if hasattr(block, "cross_attn")]
+    for attention in wrapped:
+        attention.q, attention.kv = Adapter(attention.q), Adapter(attention.kv)
+    model(noise(1, 1, 16, 16, 16)).sum().backward()
+    assert wrapped and all(layer.gain.grad is not None for a in wrapped for layer in (a.q, a.kv))

@@ -100,7 +100,7 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
-    width = max(map(len, facts))
+    width = max(map(len, facts), default=0)
     for key, value in facts.items():
         if isinstance(value, dict):
             click.echo(key)

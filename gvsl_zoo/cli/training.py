@@ -227,8 +227,12 @@ def evaluate_command(
     as_json: bool,
 ) -> None:
     """Score predictions: Dice, HD95 and surface Dice a case and label, or accuracy and AUC of classes."""
-    from ..transfer.evaluate import evaluate, lines
+    from ..transfer.evaluate import WRITTEN, evaluate, lines
+    from ..volume import check_output
 
+    for name in WRITTEN:
+        for given in (predictions, references):
+            check_output(output / name, given, overwrite=True)
     with progress_bar("evaluate") as progress:
         found = evaluate(
             predictions,

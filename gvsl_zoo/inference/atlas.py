@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
-from ..errors import ArgumentError, VolumeError
+from ..errors import ArgumentError
 from ..losses import local_correlation
 from ..transforms import Grid, warp_volume
-from ..volume import Volume, prepare, read_volume
+from ..volume import Volume, check_grid, prepare, read_volume
 from .features import preprocessing_of
 from .refine import Progress
 from .register import REFINING_STEPS, register
@@ -49,9 +49,7 @@ def segment_by_atlas(
     scan = volume if isinstance(volume, Volume) else read_volume(volume)
     pairs = [(of if isinstance(of, Volume) else read_volume(of), read_label_map(labels)) for of, labels in atlases]
     for atlas, label_map in pairs:
-        if label_map.shape != atlas.shape or not np.allclose(label_map.affine, atlas.affine, atol=1e-3):
-            cause = f"labels of shape {label_map.shape} for an atlas of {atlas.shape}, or they lie elsewhere"
-            raise VolumeError(cause, "give a label map on its scan's grid")
+        check_grid(label_map, "the label map", atlas, "its scan")
     labels = named_labels([label_map for _, label_map in pairs])
     grid = Grid.of(scan)
     votes: list[tuple[np.ndarray, np.ndarray]] = []  # labels and trust

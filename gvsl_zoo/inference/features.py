@@ -207,7 +207,7 @@ def principal_components(features: Tensor, mask: Tensor | None = None, n: int = 
         )
     if not 1 <= n <= channels:
         raise ArgumentError(f"{n} components of {channels} channels", f"n must be 1 to {channels}")
-    flat = features.detach().reshape(channels, -1)
+    flat = features.detach().float().reshape(channels, -1)
     inside = mask.flatten().nonzero()[:, 0]
     drawn = inside[torch.randperm(len(inside), generator=torch.Generator().manual_seed(seed))[:PCA_VOXELS]]
     sample = flat[:, drawn.to(flat.device)].double().cpu()

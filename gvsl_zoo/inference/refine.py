@@ -51,6 +51,12 @@ class Images:
     features: tuple[Tensor, Tensor] | None
     masks: tuple[Tensor, Tensor]
 
+    def recorded(self) -> Images:
+        """The same, of which gradients may be taken."""
+        features = None if self.features is None else tuple(map(recorded, self.features))
+        masks = tuple(map(recorded, self.masks))
+        return Images(recorded(self.fixed), recorded(self.moving), features, masks)  # type: ignore[arg-type]
+
     def coarse(self, factor: int) -> Images:
         """The same on a grid `factor` times coarser, feature vectors scaled to length 1."""
         shape = _coarser(self.fixed.shape[2:], factor)
@@ -91,6 +97,16 @@ def fit(
         not come out better than the start on the finest level is not taken: then it is the start.
     Source: exponential of a stationary velocity by scaling and squaring (Arsigny et al. 2006).
     """
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+        return _fit(images.recorded(), steps, None if start is None else recorded(start), progress)
+
+
+def recorded(x: Tensor) -> Tensor:
+    """A tensor that a gradient may be taken of, as is not allowed of one made in inference mode."""
+    return x.clone() if x.is_inference() else x
+
+
+def _fit(images: Images, steps: int, start: Tensor | None, progress: Progress | None) -> tuple[Tensor, Tensor]:
     shape = images.fixed.shape[2:]
     start = images.fixed.new_zeros(1, len(shape), *shape) if start is None else start.float()
     affine = fit_affine(start, images.masks[0])

@@ -105,6 +105,7 @@ def register(
         refinement without heads.
     """
     began = time.perf_counter()
+    model = getattr(model, "_orig_mod", model)  # what torch.compile hides
     heads = isinstance(model, WholeModule)
     steps = (0 if heads else REFINING_STEPS) if refine is None else refine
     if steps < 0 or not (steps or heads):

@@ -110,12 +110,13 @@ def evaluate(function: Callable[[Tensor], Any], patch: Tensor, precision: str = 
 class QuickConv3d(nn.Conv3d):
     """A convolution in float32 that always goes through oneDNN; PyTorch has a slower way for small images.
 
-    Padding that is not a number of zeros goes the usual way.
+    Padding that is not a number of zeros goes the usual way, and so does what `torch.compile` traces.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         zeros = self.padding_mode == "zeros" and not isinstance(self.padding, str)
-        if not zeros or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        usual = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+        if usual or not zeros or x.dtype != torch.float32:
             return super().forward(x)
         settings = (self.padding, self.stride, self.dilation, self.groups)
         out: Tensor = torch.ops.aten.mkldnn_convolution(x, self.weight, self.bias, *settings)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, VolumeError
 from ..models.backbone import Backbone, crop, pad_to_multiple
 from ..registry import Label
-from ..volume import Prepared, Volume, check_grid, read_volume
+from ..volume import Prepared, Preprocessing, Volume, check_grid, read_volume
 from .features import WINDOW, backbone_of, mask_on_grid, preprocessing_of
+from .refine import recorded
 from .segment import Scan, comment_labels, prepare_channels
 from .sliding import Windows, device_of, evaluate, ready_copy
 
@@ -37,14 +38,21 @@ class SupportModel(nn.Module):
         backbone: see `feature_maps`.
         weight: (K, F), F the channels of all maps. bias: (K,).
         labels: of the K classes, in order.
+        preprocessing: what the backbone expects of a scan.
     """
 
-    def __init__(self, backbone: nn.Module, weight: Tensor, bias: Tensor, labels: Sequence[Label]) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        weight: Tensor,
+        bias: Tensor,
+        labels: Sequence[Label],
+        preprocessing: Preprocessing,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.weight, self.bias = nn.Buffer(weight), nn.Buffer(bias)
-        self.labels = tuple(labels)
-        self.preprocessing = preprocessing_of(backbone)
+        self.labels, self.preprocessing = tuple(labels), preprocessing
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K, D, H, W) of x (B, C, D, H, W)."""
@@ -52,7 +60,7 @@ class SupportModel(nn.Module):
         maps = feature_maps(self.backbone, padded)
         logits = self.bias.view(1, -1, 1, 1, 1)
         for level, weight in zip(maps, self.weight.split([m.shape[1] for m in maps], 1), strict=True):
-            coarse = F.conv3d(level.float(), weight.view(*weight.shape, 1, 1, 1))
+            coarse = F.conv3d(level.to(weight.dtype), weight.view(*weight.shape, 1, 1, 1))
             logits = logits + F.interpolate(coarse, padded.shape[2:], mode="trilinear", align_corners=False)
         return crop(logits, front, x.shape[2:])
 
@@ -74,6 +82,7 @@ def fit_support(supports: Sequence[tuple[Scan, Scan]], model: nn.Module, *, prec
     Errors: VolumeError for labels on another grid or that are not whole numbers from 0 to 65535; ArgumentError for
         labels of one value only.
     """
+    recipe = preprocessing_of(model)
     pairs = [(prepare_channels(scan, model), read_label_map(labels)) for scan, labels in supports]
     for prepared, labels in pairs:
         check_grid(labels, "the label map", prepared.source, "its scan")
@@ -88,10 +97,11 @@ def fit_support(supports: Sequence[tuple[Scan, Scan]], model: nn.Module, *, prec
         points = _draw(grid, len(values), generator)
         inputs.append(_features_at(points, prepared, backbone, precision))
         classes.append(grid[tuple(points.T)])
-    weight, bias = _regress(torch.cat(inputs), torch.cat(classes), len(values))
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+        weight, bias = _regress(recorded(torch.cat(inputs)), recorded(torch.cat(classes)), len(values))
     bias += PRIOR * (shares / len(pairs)).clamp_min(1e-8).log()
     device = device_of(backbone)
-    return SupportModel(backbone, weight.to(device), bias.to(device), names).eval()
+    return SupportModel(backbone, weight.to(device), bias.to(device), names, recipe).eval()
 
 
 def feature_maps(backbone: nn.Module, x: Tensor) -> list[Tensor]:

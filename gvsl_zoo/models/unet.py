@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..errors import ArgumentError
 from .backbone import CHANNELS_LAST, CONV, Backbone, FeatureInfo, FeatureLevel, initialise, whole_number
@@ -42,10 +44,12 @@ class Layers(nn.Sequential):
 
 
 def _may_fuse(norm: nn.GroupNorm, leaky: nn.LeakyReLU, x: Tensor) -> bool:
-    """Whether the two can be one and nobody would see it: not a hook, a tracer or a transform of torch.func."""
+    """Whether the two can be one and nobody would see it: not a hook, a tracer, a transform or a derivative forward."""
     if not x.is_cuda or x.ndim not in CHANNELS_LAST or x.dtype not in FUSED or norm.weight is None or 0 in x.shape:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:  # tensors without memory; duals
         return False
     hooked = any(
         layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
@@ -56,8 +60,20 @@ def _may_fuse(norm: nn.GroupNorm, leaky: nn.LeakyReLU, x: Tensor) -> bool:
 
 @cache
 def has_triton() -> bool:
-    """Whether there is what compiles for this GPU; PyTorch brings it on Linux."""
-    return find_spec("triton") is not None and torch.cuda.get_device_capability() >= (7, 0)
+    """Whether kernels can be compiled for this GPU, tried once: Triton, which PyTorch brings on Linux, wants a C
+    compiler and Python's headers too.
+    """
+    if find_spec("triton") is None or torch.cuda.get_device_capability() < (7, 0):
+        return False
+    try:
+        from .fused import norm_leaky
+
+        one = torch.ones(8, device="cuda")
+        norm_leaky(one.view(1, 8, 1, 1), one, one, 1, 1e-5, NEGATIVE_SLOPE)
+    except Exception as error:  # of Triton, of the compiler it calls, or of the folder it writes to
+        warnings.warn(f"Triton does not work here, PyTorch's own kernels are used: {error}", stacklevel=2)
+        return False
+    return True
 
 
 class DoubleConv(nn.Module):

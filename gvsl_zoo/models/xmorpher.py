@@ -173,8 +173,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, near: Neighbours) -> Tensor:
         """What x finds in y, both (B, n, T, C)."""
-        rows = zip(self.kv.weight.chunk(2), self.kv.bias.chunk(2), strict=True)
-        q, k, v = (t.flatten(0, 1) for t in (self.q(x), *(F.linear(y, *row) for row in rows)))  # (B * n, T, C)
+        q, k, v = (t.flatten(0, 1).contiguous() for t in (self.q(x), *self.kv(y).chunk(2, -1)))  # (B * n, T, C)
         if self.released:
             near_k, near_v = (
                 torch.where(near.inside[..., None], gathered(t, near.windows), bias)

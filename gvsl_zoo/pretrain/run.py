@@ -35,6 +35,7 @@ from .config import RunConfig
 
 STATE_VERSION = 1
 STATE, LOG, SETTINGS = "state.json", "log.jsonl", "config.json"
+PUBLISHED = ("README.md", "LICENSE", "registry.yaml", "preprocessor_config.json")
 DEALT = ("batch_size", "accumulate")  # free when a run goes on, as the number of processes is: `pairs_a_step` stays
 Tensors = Mapping[str, Tensor]  # by name
 Record = dict[str, float]  # what is logged of a step
@@ -64,19 +65,35 @@ class Run:
     def locked(self) -> Iterator[None]:
         """The sole right to write here.
 
-        Raises: TrainingError if another run has it, ArgumentError for settings other than those of the run so far.
+        Raises: TrainingError if another run has it; ArgumentError for settings other than those of the run so far, and
+            for a folder with files that no run has written.
         """
         from filelock import FileLock, Timeout
 
+        self._check_origin()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".lock", timeout=0):
                 self._check_settings()
-                for orphan in self.checkpoints.glob(".*.partial"):
+                for old in self.checkpoints.glob(".*.old"):  # killed while a checkpoint was replaced
+                    with suppress(OSError):  # the new one is in its place
+                        old.rename(self.checkpoints / old.name.split(".")[1])
+                for orphan in (*self.checkpoints.glob(".*.partial"), *self.checkpoints.glob(".*.old")):
                     shutil.rmtree(orphan, ignore_errors=True)
                 yield
         except Timeout:
             raise TrainingError(f"another run is writing to {self.folder}", "wait for it, or choose a folder") from None
+
+    def _check_origin(self) -> None:
+        """Refuse a folder whose files a run would replace and no run has written."""
+        if (path := self.folder / SETTINGS).exists():
+            ours = bool(_read_json(path).keys() & asdict(self.config).keys())
+            there = [] if ours else [SETTINGS]
+        else:
+            there = [name for name in PUBLISHED if os.path.lexists(self.folder / name)]
+        if there:
+            cause = f"{self.folder} holds files of other origin: {', '.join(there)}"
+            raise ArgumentError(cause, "choose another folder")
 
     def _check_settings(self) -> None:
         path, given = self.folder / SETTINGS, asdict(self.config)
@@ -117,6 +134,8 @@ class Run:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
+            if (self.folder / LOG).exists():
+                _sync(self.folder / LOG)  # a checkpoint goes on from what was logged before it
             metadata = {"format": "pt", METADATA_KEY: json.dumps(state.entry.to_dict())}
             for part, tensors in state.tensors.items():
                 write_weights(tensors, partial / f"{part}.safetensors", {} if part == "optimizer" else metadata)
@@ -125,11 +144,12 @@ class Run:
             facts |= {"pairs_a_step": state.pairs_a_step} | ({"data": state.data} if state.data else {})
             write_whole(partial / STATE, json.dumps(facts, indent=2).encode())
             _sync(partial)
-            final = self.checkpoints / name
+            final, old = self.checkpoints / name, self.checkpoints / f".{name}.old"
             if final.exists():
-                shutil.rmtree(final)
+                final.rename(old)
             partial.rename(final)
             _sync(self.checkpoints)
+            shutil.rmtree(old, ignore_errors=True)
             self._write_settings()
             kept = next(part for part in ("best", "ema", "model") if part in state.tensors)
             self._publish(final / f"{kept}.safetensors")
@@ -211,10 +231,12 @@ def _read_checkpoint(folder: Path) -> State:
     return State(int(facts["step"]), int(facts["pairs_a_step"]), tensors, entry, facts.get("data"))
 
 
-def _sync(folder: Path) -> None:
-    """Bring the names in a folder to the disk; where folders cannot be opened (Windows) that is the system's affair."""
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk; where folders cannot be opened (Windows) that is the
+    system's affair.
+    """
     with suppress(PermissionError):
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
@@ -82,9 +83,12 @@ def upload_store(
             for sent, _ in enumerate(pool.map(send, missing[first : first + BATCH]), first + 1):
                 if progress is not None:
                     progress(kept + sent, len(names))
-    for name in ("subjects.txt", "strata.txt", LEDGER, "index.npy"):  # the index last: it counts the others' lines
+    for name in ("subjects.txt", "strata.txt", LEDGER):
         if name != LEDGER or (Path(source) / name).exists():
             bucket.write(name, (Path(source) / name).read_bytes())
+    index = io.BytesIO()
+    np.save(index, store.entries)  # of the volumes sent, whatever was prepared since; last: it counts the others' lines
+    bucket.write("index.npy", index.getvalue())
     return UploadReport(url, len(store), len(missing), kept, time.perf_counter() - began)
 
 

@@ -17,6 +17,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +29,7 @@ from ..errors import ArgumentError, TrainingError, listed
 from ..inference.segment import prepare_channels, segment, trained_window
 from ..inference.sliding import device_of, evaluate, sliding_window
 from ..ledger import check_unseen, ledger_of
+from ..pretrain.data import processes_started
 from ..report import bench_picture
 from ..volume import Prepared, Volume, check_grid
 from ..weights import write_whole
@@ -55,7 +57,7 @@ STATISTICS = (
 )
 METRIC = {"segmentation": "Dice", "classification": "accuracy"}
 CELLS, SETTINGS, RESULTS, CURVES = "cells", "settings.json", "results.json", "curves.png"
-JOINING = ("models", "learning rates")  # settings that may grow while a bench is extended
+JOINING = ("models", "learning rates", "scratch arms")  # settings that may grow while a bench is extended
 Detail = dict[str, float | None]
 
 
@@ -232,12 +234,17 @@ def bench(
     if not 1 <= counts[0] <= counts[-1] <= subjects:
         cause = f"counts {', '.join(map(str, counts))} of {subjects} labelled subjects"
         raise ArgumentError(cause, "ask for fewer, or label more")
-    arms = scratch_arms(models)
+    if processes_started() > 1:
+        raise ArgumentError("a bench under torchrun", "start it in one process; several benches take several folders")
+    modes = list(dict.fromkeys(modes))
+    known = scratch_before(out)
+    arms = scratch_arms(models, known)
     entries: dict[str, Any] = {model: load(model).entry for model in models}
     ledgers = {model: entry.ledger for model, entry in entries.items()}
     ledgers[POOL] = ledger_of(path for case in pool for path in case.images)
     seen = check_unseen({case.name: case.images for case in test}, ledgers, allow=allow_overlap)
     settings = common_settings(pool, test, models, modes, config)
+    settings["scratch arms"] = {arms[model]: shape_of(model) for model in models}
     check_settings(settings, out)
     cells = [
         Cell(arm, mode, count, seed)
@@ -268,20 +275,34 @@ def hold_out(data: Cases) -> tuple[Cases, tuple[Case, ...]]:
     return replace(data, cases=tuple(replace(case, split=None) for case in train)), test
 
 
-def scratch_arms(models: Sequence[str]) -> dict[str, str]:
+def scratch_arms(models: Sequence[str], known: Mapping[str, str]) -> dict[str, str]:
     """The arm that each model is compared with: models of one shape and input share it.
+
+    Args:
+        known: shapes by arm, of a bench that goes on.
 
     Errors: ArgumentError for a model that is called like one.
     """
-    shapes: dict[str, str] = {}
+    shapes = {shape: arm for arm, shape in known.items()}
     arms = {}
     for model in models:
         if model == SCRATCH or model.startswith(f"{SCRATCH} of"):
             raise ArgumentError(f"a model called {model!r}, as the arm without weights is", f"write ./{model}")
-        entry: Any = load(model).entry
-        shape = repr((entry.architecture, sorted(entry.config.items()), entry.input))
-        arms[model] = shapes.setdefault(shape, f"{SCRATCH} of {model}" if shapes else SCRATCH)
+        arms[model] = shapes.setdefault(shape_of(model), f"{SCRATCH} of {model}" if shapes else SCRATCH)
     return arms
+
+
+def shape_of(model: str) -> str:
+    """What a network of the same shape and input has in common with a model."""
+    entry: Any = load(model).entry
+    return repr((entry.architecture, sorted(entry.config.items()), entry.input))
+
+
+def scratch_before(out: Path) -> dict[str, str]:
+    """The shapes by arm that a bench in a folder has trained from scratch so far."""
+    with suppress(OSError, ValueError, KeyError):
+        return dict(json.loads((out / SETTINGS).read_bytes())["scratch arms"])
+    return {}
 
 
 # --- Trainings ------------------------------------------------------------------------------------------------------
@@ -315,6 +336,7 @@ class Trainings:
         for cell in left:
             result = self._train(cell)
             write_whole(paths[cell], json.dumps(result, indent=2).encode())
+            shutil.rmtree(folder / cell.name, ignore_errors=True)  # not before: what is half gone does not go on
             mean = np.mean(list(result["scores"].values()))
             say(f"{cell.arm}, {cell.mode}, {scans(str(cell.count))}, seed {cell.seed}: {mean:.1f} %")
             if cell.mode not in timed:
@@ -355,7 +377,6 @@ class Trainings:
         run, cache = self.out / CELLS / cell.name, self._cache(cell)
         model = finetune(self.pool, config, run, device=self.device, cache=cache)
         details = {case.name: self._test(model, case, config, cache) for case in self.test}
-        shutil.rmtree(run)
         return {
             "taken": [case.name for case in self._taken(cell)],
             "scores": {case.name: self._score(case, details[case.name]) for case in self.test},
@@ -526,10 +547,11 @@ def check_settings(settings: dict[str, Any], out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         before = json.loads(path.read_bytes()) if path.exists() else settings
-        joined = {group: before[group] | settings[group] for group in JOINING}
+        joined = {group: before.get(group, {}) | settings[group] for group in JOINING}
         own = [name for name in settings if name not in JOINING]
         changed = [name for name in own if before.get(name, settings[name]) != settings[name]]
-        changed += [name for group in JOINING for name, value in before[group].items() if joined[group][name] != value]
+        held = [(group, name, value) for group in JOINING for name, value in before.get(group, {}).items()]
+        changed += [name for group, name, value in held if joined[group][name] != value]
         if not changed:
             write_whole(path, json.dumps(settings | joined, indent=2).encode())
     except (OSError, ValueError, KeyError, TypeError) as error:

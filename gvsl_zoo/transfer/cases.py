@@ -139,10 +139,13 @@ def split_cases(cases: Cases, *, seed: int = 0, validation: float = 0.2, subject
         subjects: how many to train on: with one seed, the first 3 contain the first 1. Default all. Of a
             classification they are drawn class by class in turn: as many as there are classes hold every class.
 
-    Errors: ArgumentError for a subject with two splits, or fewer subjects than asked for.
+    Errors: ArgumentError for fewer than two labels, a subject with two splits, or fewer subjects than asked for.
     """
     if not 0 <= validation < 1:
         raise ArgumentError(f"validation {validation}", "give a share of the subjects in [0, 1)")
+    if len(cases.labels) < 2:
+        only = next((label.name for label in cases.labels), "none")
+        raise ArgumentError(f"the only label is {only!r}", "two classes at least make a task")
     stated: dict[str, str | None] = {}
     for case in cases:
         if stated.setdefault(case.subject, case.split) != case.split:
@@ -224,12 +227,12 @@ def _from_nnunet(folder: Path) -> tuple[list[Case], dict[str, int]]:
         raise ArgumentError(cause, "it needs labels, and channel_names or modality") from None
     if ending not in ENDINGS:
         raise ArgumentError(f"{str(path)!r} has file_ending {ending!r}", f"convert the files to {' or '.join(ENDINGS)}")
-    if all(str(key).isdigit() for key in pairs):  # version 1: value -> name
+    if all(str(key).isdigit() and isinstance(name, str) for key, name in pairs.items()):  # version 1: value -> name
         pairs = {name: int(value) for value, name in pairs.items()}
     odd = [name for name, value in pairs.items() if type(value) is not int or name == "ignore"]
     if odd:
         cause = f"{str(path)!r} has the label {odd[0]!r}: {pairs[odd[0]]!r}"
-        raise ArgumentError(cause, "regions and ignored voxels are not supported: give one value a label")
+        raise ArgumentError(cause, "give one whole number a label; regions and ignored voxels are not supported")
     cases = _paired(folder, "imagesTr", "labelsTr", (ending,), None)
     if (folder / "imagesTs").is_dir():
         cases += _paired(folder, "imagesTs", "labelsTs", (ending,), "test")
@@ -385,8 +388,6 @@ def _labels(named: dict[str, int], task: str) -> tuple[Label, ...]:
         raise ArgumentError(f"labels {named}", "give each name a value of its own, a whole number from 0 on")
     if task == "segmentation" and 0 not in values:
         named = {"background": 0} | named
-    if len(named) < 2:
-        raise ArgumentError(f"the only label is {next(iter(named), 'none')!r}", "two classes at least make a task")
     ordered = sorted(named.items(), key=lambda item: item[1])
     return tuple(Label(name, value, _colour(value) if value else None) for name, value in ordered)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import ArgumentError
 from ..inference.features import WINDOW
 from ..pretrain.entry import publish
-from ..registry import Evaluation, Input, Intensity, Label, Licence, ModelEntry, Training
+from ..registry import Evaluation, Input, Intensity, Label, Licence, ModelEntry, Training, is_device_name
 from .cases import Split
 from .config import FinetuneConfig
 
@@ -50,11 +50,12 @@ def describe(
         limits += " The decoder beside the encoder was not trained with it."
     return replace(
         base,
-        name=words if words[0].isalpha() else f"run-{words}",
+        name=words if words[0].isalpha() and not is_device_name(words) else f"run-{words}",
         summary=f"{config.task.capitalize()} of {classes}: {way}, {subjects} subjects, {config.steps} steps.",
         status="available",
         instead=None,
-        config=base.config | ({"in_chans": chans} if chans != 1 else {}),
+        config={key: value for key, value in base.config.items() if key != "in_chans"}
+        | ({"in_chans": chans} if chans != 1 else {}),
         modality=MODALITY[config.unit] if config.unit else base.modality,  # type: ignore[arg-type]
         objective="supervised",
         parameters=0,

@@ -33,6 +33,7 @@ from .statistics import Interval, auc_interval, mean_interval, proportion_interv
 TOLERANCE_MM = 2.0  # of the surface Dice
 METRICS = {"dice": (0.0, 1.0), "hd95_mm": (0.0, math.inf), "surface_dice": (0.0, 1.0)}  # and their limits
 FOUND = ("both", "missed", "invented", "absent")
+WRITTEN = ("scores.csv", "summary.json", "scores.png")
 Scans = dict[str, tuple[Path, ...]]  # of a case, a file a channel
 
 
@@ -92,7 +93,7 @@ class Evaluation:
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / "scores.csv", self._table().encode())
+            write_whole(folder / "scores.csv", self._table().encode(errors="surrogateescape"))
             write_whole(folder / "summary.json", (json.dumps(self.to_dict(), indent=2) + "\n").encode())
         except OSError as error:
             cause = f"cannot write to {folder}: {error.strerror or error}"
@@ -278,7 +279,7 @@ def _reference_files(
     if not isinstance(references, Cases):
         path = Path(references)
         if files := _label_files(path):
-            return files, dict(labels or {}), {}, {}
+            return files, {name: value for name, value in (labels or {}).items() if value}, {}, {}
         references = read_cases(path, labels=labels)
     cases = _to_score(references, Path)
     files = {case.name: Path(str(case.label)) for case in cases}
@@ -335,7 +336,7 @@ def _pairs(predictions: Path, references: dict[str, Path]) -> tuple[dict[str, tu
     files = _label_files(predictions)
     if predictions.is_file() and len(references) == 1:
         files = dict(zip(references, files.values(), strict=True))
-    files |= {name.removesuffix("_0000"): path for name, path in files.items()}  # named as nnU-Net's first channel
+    files = {name.removesuffix("_0000"): path for name, path in files.items()} | files  # or as nnU-Net's first channel
     pairs = {case: (files[case], reference) for case, reference in references.items() if case in files}
     if not pairs:
         found, wanted = (listed(sorted(names)) or "nothing" for names in (files, references))
@@ -437,6 +438,8 @@ def _true_classes(references: str | os.PathLike[str] | Cases) -> tuple[dict[str,
         if path.is_file():
             header, rows = _read_table(path)
             if {"case", "label"} <= set(header) and "image" not in header:  # which is a data set's
+                if lacking := [row["case"] for row in rows if not row["label"]]:
+                    raise ArgumentError(f"{path}: {listed(lacking)} without a label", "name the true class of each")
                 return {row["case"]: row["label"] for row in rows}, {}
         references = read_cases(path, task="classification")
     names = {label.value: label.name for label in references.labels}
@@ -445,10 +448,15 @@ def _true_classes(references: str | os.PathLike[str] | Cases) -> tuple[dict[str,
 
 
 def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """The columns of a CSV file, and its rows without space about what they hold; none of two rows of one case."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
+            reader = csv.DictReader(file, restval="")
+            header, lines = list(reader.fieldnames or ()), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ArgumentError(f"{path} cannot be read: {error}", "give a CSV file with a header") from None
-    return list(reader.fieldnames or ()), rows
+    rows = [{name: line[name].strip() for name in header} for line in lines]
+    counts = Counter(row["case"] for row in rows) if "case" in header else Counter()
+    if twice := [case for case, count in counts.items() if count > 1]:
+        raise ArgumentError(f"{path} has several rows of {listed(twice)}", "keep one of each")
+    return header, rows

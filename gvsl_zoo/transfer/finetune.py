@@ -81,6 +81,9 @@ def finetune(
     chans = len(split.train[0].images)
     model = build(config, len(labels), chans)
     base: Any = model.backbone.entry
+    low, high = base.input.intensity.scale
+    if (low, high) != (0, 1):
+        raise ArgumentError(f"{base.name} takes images from {low:g} to {high:g}", "fine-tuning knows only 0 to 1")
     entry = describe(config, out.name, base, labels, split, chans)
     ledger = seen_by_run(split, Ledger(complete=True) if config.from_scratch else base.ledger)
     entry = replace(entry, parameters=sum(parameter.numel() for parameter in model.parameters()), ledger=ledger)
@@ -100,7 +103,7 @@ def finetune(
 
     with stop_signals() as stop, run.locked() if main else nullcontext():
         if main:
-            note_cases(out, split, labels)
+            note_cases(out, split, labels, None if config.from_scratch else model.backbone.load_report.sha256)
         accelerator.wait_for_everyone()
         learner = make_learner(model, config, accelerator)
         state = run.latest()
@@ -395,16 +398,22 @@ class Journal:
 # --- The run's folder ---------------------------------------------------------------------------------------
 
 
-def note_cases(out: Path, split: Split, labels: Sequence[Label]) -> None:
-    """Write down which cases are for what, and a hash of their files; refuse others than those of the run so far."""
+def note_cases(out: Path, split: Split, labels: Sequence[Label], base: str | None) -> None:
+    """Write down which cases are for what, and hashes of their files and of the weights that the run starts from;
+    refuse others than those of the run so far.
+    """
     uses: dict[str, Any] = {use: [case.name for case in cases] for use, cases in split._asdict().items()}
     given = uses | {"labels": [asdict(label) for label in labels], "files": files_hash((*split.train, *split.val))}
+    given["base"] = base
     text = json.dumps(given, indent=2)
     path = out / CASES
     before = json.loads(path.read_bytes()) if path.exists() else {}
     changed = [name for name, value in json.loads(text).items() if before.get(name, value) != value]
     if changed == ["files"]:
         cause = f"images or labels have changed since the run in {out} began"
+        raise ArgumentError(cause, "give them as they were, or another folder")
+    if changed == ["base"]:
+        cause = f"the weights that the run in {out} started from have changed"
         raise ArgumentError(cause, "give them as they were, or another folder")
     if changed:
         raise ArgumentError(f"{out} holds a run on other cases or labels ({CASES})", "give the same, or another folder")
