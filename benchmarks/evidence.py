@@ -60,6 +60,7 @@ from gvsl_zoo.transfer.data import box
 from gvsl_zoo.transfer.statistics import compare, mean_interval
 from gvsl_zoo.transforms import Affine, Chain, Transform, affine_from_voxels, displacement_from_voxels
 from gvsl_zoo.volume import CT_WINDOW_HU, InputWarning, Prepared, Preprocessing, Volume, prepare
+from gvsl_zoo.weights import values_hash
 
 FILE = RESULTS / "evidence.json"
 UNSEEN, SEEN = LUNGS["test"], LUNGS["train"]
@@ -231,9 +232,8 @@ def film_evidence(model: WholeModule, data: Path) -> dict[str, Any]:
     check_unseen({path.name: (path,) for path in files}, {entry.name: entry.ledger})
     films = {path.name: prepare_for(path, model).image[:, :, 0] for path in files}
     pairs = itertools.permutations(films, 2)
-    report: Any = model.load_report
     return {
-        "sha256": report.sha256,
+        "values": values_hash(model),
         "films": summary({(a, b): film_row(films[a], films[b], model) for a, b in pairs}, "ncc"),
         "restoration": restoration(list(films.values()), model),
     }
@@ -284,8 +284,7 @@ def evidence(model: WholeModule, data: Path) -> dict[str, Any]:
     chests = read_chests(data, recipe)
     edges = entry.input.window or [round(CROP_MM / mm) for mm in recipe.spacing_mm or (1.0, 1.0, 1.0)]
     crops = {name: lung_crop(chest, edges) for name, chest in chests.items()}
-    report: Any = model.load_report
-    content: dict[str, Any] = {"sha256": report.sha256, "whole": {}, "crops": {}}
+    content: dict[str, Any] = {"values": values_hash(model), "whole": {}, "crops": {}}
     for group, pairs in GROUPS.items():
         content["whole"][group] = summary({(a, b): whole_row(chests[a], chests[b], model) for a, b in pairs})
         content["crops"][group] = summary({(a, b): crop_row(crops[a], crops[b], model) for a, b in pairs})

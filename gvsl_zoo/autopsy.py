@@ -90,7 +90,7 @@ def autopsy(scan: str | os.PathLike[str] | Volume, entry: ModelEntry) -> list[Ch
     with warnings.catch_warnings(record=True):  # they are in the volume's notes
         warnings.simplefilter("always", InputWarning)
         try:
-            volume = read_for(scan, preprocessing(entry))
+            volume = read_for(scan, preprocessing(entry.input))
         except GvslZooError as error:
             return [Check("file", "FAIL", error.cause, error.remedy)]
     name = volume.path.name if volume.path else "the volume"

@@ -282,7 +282,7 @@ def reproduce(
     training = replace(entry.training, hardware=None, seconds=None) if entry.training else None
     ledger = ledger_of(check_files(recipe, data), model_info(recipe.start).ledger if recipe.start else None)
     entry = replace(entry, status="available", instead=None, sources=(), training=training, ledger=ledger)
-    proof = prove(model, preprocessing(entry), stored=torch.float16)
+    proof = prove(model, preprocessing(entry.input), stored=torch.float16)
     entry = replace(entry, evaluation=rows, proof=proof)
     tensors = {key: tensor.half() for key, tensor in model.state_dict().items()}  # as the package ships its own
     write_weights(tensors, out / WEIGHTS_NAME, {"format": "pt", METADATA_KEY: json.dumps(entry.to_dict())})

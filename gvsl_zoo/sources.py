@@ -146,7 +146,7 @@ def _instead(entry: ModelEntry) -> str:
 
 def _on_disk(path: Path, sha256: str) -> Found:
     if not path.is_file():
-        remedy = "bring it back, or correct the registry; weights/ comes with a clone, not with the package"
+        remedy = "bring it back; of weights/, which comes with a clone: gvsl-zoo export there, gvsl-zoo import here"
         raise NotHere(f"there is no file {path}", remedy)
     return _checked(path, sha256)
 

@@ -92,6 +92,15 @@ class WeightsFile:
         return torch.frombuffer(self.mapped, dtype=slot.dtype, count=count, offset=slot.start).view(slot.shape)
 
 
+def values_hash(model: nn.Module) -> str:
+    """sha256 of the names, shapes and float32 values of a module's tensors, whatever a file holds beside them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 def open_weights(path: Path) -> WeightsFile:
     """Read and check the header of a safetensors file.
 

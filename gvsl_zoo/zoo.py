@@ -25,7 +25,7 @@ from .models.gvsl import GVSL
 from .models.heads import ClassificationModel, HeadedModel, SegmentationModel
 from .models.unet import UNet
 from .models.xmorpher import XMorpher
-from .registry import TASKS, Ledger, Licence, ModelEntry, model_info
+from .registry import TASKS, Input, Ledger, Licence, ModelEntry, model_info
 from .sources import Access
 from .volume import Preprocessing, Volume
 from .weights import (
@@ -368,10 +368,10 @@ def _spread_channels(tensors: dict[str, Tensor], backbone: Backbone, prefix: str
         tensors[name] = tensors[name].float().repeat_interleave(backbone.in_chans, 1) / backbone.in_chans
 
 
-def preprocessing(entry: ModelEntry) -> Preprocessing | FilmPreprocessing:
-    """What the entry expects of a volume or film."""
-    spacing, size, intensity = entry.input.spacing_mm, entry.input.size, entry.input.intensity
-    if entry.ndim == 2:
+def preprocessing(given: Input) -> Preprocessing | FilmPreprocessing:
+    """What a model of this input expects of a volume or film."""
+    spacing, size, intensity = given.spacing_mm, given.size, given.intensity
+    if given.axes == "yx":
         return FilmPreprocessing(None if size is None else (size[0], size[1]), intensity.window, intensity.scale)
     return Preprocessing(
         spacing_mm=None if spacing is None else (spacing[0], spacing[1], spacing[2]),
@@ -383,7 +383,7 @@ def preprocessing(entry: ModelEntry) -> Preprocessing | FilmPreprocessing:
 
 def _dress(model: nn.Module, entry: ModelEntry, report: LoadReport) -> nn.Module:
     """Give the module what a loaded model carries beside its parameters."""
-    recipe = preprocessing(entry)
+    recipe = preprocessing(entry.input)
     extras: dict[str, Any] = {
         "entry": entry,
         "load_report": report,
@@ -470,7 +470,7 @@ def _save(
     if isinstance(model, Backbone):
         entry = replace(entry, heads=(), labels=())
     count = sum(tensor.numel() for tensor in tensors.values())
-    entry = replace(entry, parameters=count, proof=prove(model, preprocessing(entry), stored=dtype))
+    entry = replace(entry, parameters=count, proof=prove(model, preprocessing(entry.input), stored=dtype))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in card_files(entry, repo, [path.name for path in folder.glob("*.png")]).items():

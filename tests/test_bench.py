@@ -238,7 +238,7 @@ def test_the_features_of_a_frozen_backbone_are_computed_once_for_every_scan(case
     ("change", "named"),
     [
         ({"config": replace(CONFIG, steps=3)}, "training"),
-        ({"config": replace(CONFIG, learning_rate=0.5)}, "linear"),
+        ({"config": replace(CONFIG, learning_rate=0.5)}, f"{NANO}, linear"),
         ({"cases": {"liver": LABELS["liver"]}}, "labels"),
     ],
 )

@@ -181,3 +181,14 @@ def test_a_wrong_call_is_told_in_one_line(films, tmp_path, arguments, code, mess
     places = {"films": films[0], "out": tmp_path, "run": films[2]}
     result = run(*(argument.format(**places) for argument in arguments))
     assert result.exit_code == code and message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_scans_of_one_class_or_of_none_can_be_classified_but_not_learnt(films, tmp_path):
+    folder, _, path = films
+    for label in ("odd", ""):
+        (folder / "one.csv").write_text(f"image,label\nf0.png,{label}\nf1.png,{label}\n")
+        assert list(scans_at(folder / "one.csv", films=True)) == ["f0", "f1"]
+    config = FinetuneConfig(steps=1, task="classification", model=str(path))
+    (folder / "one.csv").write_text("image,label\nf0.png,odd\nf1.png,odd\n")
+    with pytest.raises(ArgumentError, match=r"the classes \['odd'\]; two at least make a task"):
+        finetune(read_cases(folder / "one.csv", task="classification"), config, tmp_path / "run", device="cpu")

@@ -436,4 +436,4 @@ def test_the_command_replaces_no_input(tmp_path):
     words = ["evaluate", "--predictions", str(predictions), "--references", str(references), "-o", str(tmp_path)]
     before = predictions.read_bytes()
     result = CliRunner().invoke(main, [*words, "--task", "classification"])
-    assert result.exit_code == 1 and "scores.csv" in result.stderr and predictions.read_bytes() == before
+    assert result.exit_code == 2 and "would replace the input" in result.stderr and predictions.read_bytes() == before

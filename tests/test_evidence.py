@@ -12,8 +12,9 @@ import torch
 
 from benchmarks import evidence, transfer
 from benchmarks.evidence import GROUPS, SEEN, UNSEEN, Chest, crop_row, lung_crop, over_scans, restoration, whole_row
+from benchmarks.timing import RESULTS
 from benchmarks.transfer import FILMS, FOLDS, comparisons, order_scores, probe_films, probed_films, result_path
-from gvsl_zoo import load, model_info
+from gvsl_zoo import list_models, load, model_info
 from gvsl_zoo.demo import as_volume
 from gvsl_zoo.errors import ArgumentError
 from gvsl_zoo.ledger import ledger_of
@@ -25,6 +26,7 @@ from gvsl_zoo.transfer.cases import read_cases
 from gvsl_zoo.transfer.config import FinetuneConfig
 from gvsl_zoo.transfer.evaluate import summarise_classes
 from gvsl_zoo.volume import prepare, write_volume
+from gvsl_zoo.weights import values_hash
 from gvsl_zoo.zoo import save_pretrained
 
 NANO = "gvsl-unet-ct-nano"
@@ -384,3 +386,27 @@ def test_the_command_measures_a_model_and_adds_it_to_those_before(lungs, monkeyp
     by_moments, by_other = found["others"].values()
     assert by_moments["dice"] == pytest.approx(by_other["dice"])
     assert f"{NANO}\n" in capsys.readouterr().out
+
+
+def test_every_committed_result_is_of_the_weights_that_are_shipped():
+    found = set()
+    for path in RESULTS.glob("transfer_*.json"):
+        content = json.loads(path.read_bytes())
+        for part in content.get("folds", [content]):
+            found |= {(name, "backbone", values) for name, values in part["settings"]["models"].items()}
+    models = json.loads((RESULTS / "evidence.json").read_bytes())["models"]
+    found |= {(name, "pretraining", model["values"]) for name, model in models.items()}
+    shipped = {(name, task, values) for name, task, values in found if name in list_models(available=True)}
+    assert {name for name, _, _ in shipped} == set(list_models(available=True))
+    for name, task, values in sorted(shipped):
+        assert values_hash(load(name, task=task)) == values, (name, task)
+
+
+def test_the_hash_of_values_is_of_names_shapes_and_numbers_alone(tmp_path):
+    model = load(NANO)
+    model.save_pretrained(tmp_path / "model", dtype=torch.float16)
+    other = load(tmp_path / "model")
+    assert values_hash(other) == values_hash(model) == values_hash(model.to(memory_format=torch.channels_last_3d))
+    with torch.no_grad():
+        next(other.parameters()).view(-1)[0] += 1e-3
+    assert values_hash(other) != values_hash(model)

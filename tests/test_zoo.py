@@ -411,7 +411,7 @@ def test_a_model_says_what_it_is_and_whom_to_cite():
     model = load(NANO, task="segmentation", num_classes=2)
     assert model.entry == model_info(NANO)
     assert model.cite() == model.entry.citation and "He et al." in model.cite()
-    assert model.preprocessing == preprocessing(model.entry)
+    assert model.preprocessing == preprocessing(model.entry.input)
 
 
 def test_a_model_of_films_takes_no_volumes(ct):

@@ -228,11 +228,10 @@ def evaluate_command(
 ) -> None:
     """Score predictions: Dice, HD95 and surface Dice a case and label, or accuracy and AUC of classes."""
     from ..transfer.evaluate import WRITTEN, evaluate, lines
-    from ..volume import check_output
 
-    for name in WRITTEN:
-        for given in (predictions, references):
-            check_output(output / name, given, overwrite=True)
+    for given in (predictions, references):
+        if given.resolve() in [(output / name).resolve() for name in WRITTEN]:
+            raise ArgumentError(f"the scores would replace the input {str(given)!r}", "choose another folder for them")
     with progress_bar("evaluate") as progress:
         found = evaluate(
             predictions,

@@ -32,7 +32,7 @@ from ..ledger import check_unseen, ledger_of
 from ..pretrain.data import processes_started
 from ..report import bench_picture
 from ..volume import Prepared, Volume, check_grid
-from ..weights import write_whole
+from ..weights import values_hash, write_whole
 from ..zoo import load
 from .cases import Case, Cases, files_hash, read_labels, split_cases
 from .config import FinetuneConfig
@@ -518,7 +518,7 @@ def common_settings(
         "labels": {label.name: label.value for label in pool.labels},
         "training": {name: value for name, value in asdict(config).items() if name not in own},
         "learning rates": learning_rates(config, modes, channels),
-        "models": {model: backbone.load_report.sha256 for model, backbone in loaded.items()},
+        "models": {model: values_hash(backbone) for model, backbone in loaded.items()},
     }
     return json.loads(json.dumps(settings))
 

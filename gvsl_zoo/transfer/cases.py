@@ -139,13 +139,10 @@ def split_cases(cases: Cases, *, seed: int = 0, validation: float = 0.2, subject
         subjects: how many to train on: with one seed, the first 3 contain the first 1. Default all. Of a
             classification they are drawn class by class in turn: as many as there are classes hold every class.
 
-    Errors: ArgumentError for fewer than two labels, a subject with two splits, or fewer subjects than asked for.
+    Errors: ArgumentError for a subject with two splits, or fewer subjects than asked for.
     """
     if not 0 <= validation < 1:
         raise ArgumentError(f"validation {validation}", "give a share of the subjects in [0, 1)")
-    if len(cases.labels) < 2:
-        only = next((label.name for label in cases.labels), "none")
-        raise ArgumentError(f"the only label is {only!r}", "two classes at least make a task")
     stated: dict[str, str | None] = {}
     for case in cases:
         if stated.setdefault(case.subject, case.split) != case.split:
@@ -232,7 +229,7 @@ def _from_nnunet(folder: Path) -> tuple[list[Case], dict[str, int]]:
     odd = [name for name, value in pairs.items() if type(value) is not int or name == "ignore"]
     if odd:
         cause = f"{str(path)!r} has the label {odd[0]!r}: {pairs[odd[0]]!r}"
-        raise ArgumentError(cause, "give one whole number a label; regions and ignored voxels are not supported")
+        raise ArgumentError(cause, "regions and ignored voxels are not supported: give one whole number a label")
     cases = _paired(folder, "imagesTr", "labelsTr", (ending,), None)
     if (folder / "imagesTs").is_dir():
         cases += _paired(folder, "imagesTs", "labelsTs", (ending,), "test")
@@ -388,6 +385,8 @@ def _labels(named: dict[str, int], task: str) -> tuple[Label, ...]:
         raise ArgumentError(f"labels {named}", "give each name a value of its own, a whole number from 0 on")
     if task == "segmentation" and 0 not in values:
         named = {"background": 0} | named
+    if task == "segmentation" and len(named) < 2:
+        raise ArgumentError(f"the only label is {next(iter(named))!r}", "two classes at least make a task")
     ordered = sorted(named.items(), key=lambda item: item[1])
     return tuple(Label(name, value, _colour(value) if value else None) for name, value in ordered)
 

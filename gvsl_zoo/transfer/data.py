@@ -26,6 +26,7 @@ from ..pretrain.augment import apply_pose, sample_pose
 from ..pretrain.data import seeded
 from ..registry import Input, Intensity, Label
 from ..volume import InputWarning, Prepared, Preprocessing, Volume, check_grid, read_volume
+from ..zoo import preprocessing
 from .cases import Case, read_labels
 from .config import FinetuneConfig
 
@@ -135,22 +136,13 @@ def _prepare(case: Case, labels: tuple[Label, ...], given: Input, complete: bool
 
 def _channels(case: Case, given: Input) -> tuple[Tensor, list[Volume], tuple[str, ...]]:
     """The channels of a scan on the model's grid, (C, *shape), as they were read, and doubts about them."""
-    recipe = _recipe(given)
+    recipe = preprocessing(given)
     channels = [_prepared(path, recipe) for path in case.images]
     sources = [channel.source for channel in channels]
     for source in sources[1:]:
         check_grid(source, "the channel", sources[0], "the scan")
     doubts = tuple(itertools.chain.from_iterable(channel.warnings for channel in channels))
     return flattened(torch.cat([channel.image[0] for channel in channels]), recipe), sources, doubts
-
-
-def _recipe(given: Input) -> Preprocessing | FilmPreprocessing:
-    """What a model of this input expects, as `load` says it of the trained one."""
-    intensity = given.intensity
-    if len(given.axes) == 2:
-        return FilmPreprocessing(given.size, intensity.window, intensity.scale)  # type: ignore[arg-type]
-    spacing_mm: Any = given.spacing_mm
-    return Preprocessing(spacing_mm, unit=intensity.unit, window=intensity.window, scale=intensity.scale)
 
 
 def _prepared(scan: Volume | Path, recipe: Preprocessing | FilmPreprocessing) -> Prepared:
@@ -186,7 +178,7 @@ def _on_grid(classes: Volume, given: Input, shape: tuple[int, ...]) -> np.ndarra
     """The class with the largest share of every voxel of the model's grid, uint8; of equal shares the first."""
     best = torch.zeros(shape)
     target = np.zeros(shape, np.uint8)
-    recipe = _recipe(replace(given, intensity=MASK))
+    recipe = preprocessing(replace(given, intensity=MASK))
     for k in np.unique(classes.data):
         mask = Volume((classes.data == k).astype(np.uint8), classes.affine)
         share = flattened(_prepared(mask, recipe).image[0, 0], recipe)

@@ -75,6 +75,8 @@ def finetune(
     """
     if data.task != config.task:
         raise ArgumentError(f"cases of a {data.task} for the task {config.task}", "read them with the same task")
+    if len(data.labels) < 2:
+        raise ArgumentError(f"the classes {[label.name for label in data.labels]}", "two at least make a task")
     out, labels = Path(out), data.labels
     accelerator = make_accelerator(device)
     split = split_cases(data, seed=config.seed, validation=config.validation, subjects=config.subjects)
