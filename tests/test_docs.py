@@ -158,8 +158,13 @@ def test_every_block_of_the_page_on_finetuning_runs_in_order(tmp_path, monkeypat
             path.parent.mkdir(parents=True, exist_ok=True)
             write_volume(volume, path)
     Path("mine/dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, "labels": organs}))
+    put_films()
+    rows = [f"{name}.png,{kind},{split}" for name, kind, split in FILM_ROWS]
+    Path("films.csv").write_text("\n".join(["image,label,split", *rows]))
     names, blocks = run_blocks("finetune.md", monkeypatch)
-    assert blocks == 6 and [label.name for label in names["net"].entry.labels] == list(organs)
+    assert list(names["probabilities"]) == ["healthy", "ill"]
+    assert json.loads(Path("film-scores/summary.json").read_text())["cases"] == 2
+    assert blocks == 8 and [label.name for label in names["net"].entry.labels] == list(organs)
     summary = json.loads(Path("scores/summary.json").read_text())
     assert summary["cases"] == 1 and set(summary["labels"]) == {"liver", "spine"}
     assert json.loads(Path("verdict/results.json").read_text())["verdicts"]
@@ -203,10 +208,16 @@ def test_the_presets_of_the_page_are_those_of_the_package():
         assert row in (DOCS / "pretrain.md").read_text()
 
 
+FILM_ROWS = (
+    *(("a", "ill", "train"), ("b", "healthy", "train"), ("c", "ill", "train"), ("d", "healthy", "train")),
+    *(("e", "ill", "test"), ("f0", "healthy", "test")),
+)
+
+
 def put_films():
-    """Two films with labels in the folder of the page."""
+    """Films with labels in the folder of the page."""
     fromarray = pytest.importorskip("PIL.Image", reason="needs gvsl-zoo[io]").fromarray
-    for seed, name in enumerate("ab"):
+    for seed, name in enumerate(name for name, _, _ in FILM_ROWS):
         drawn = sample_film((96, 96), torch.Generator().manual_seed(seed), (4.0, 4.0))
         fromarray((255 * drawn.image).byte().numpy()).save(f"{name}.png")
         fromarray(drawn.masks[0].byte().numpy()).save(f"{name}_labels.png")

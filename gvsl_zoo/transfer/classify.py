@@ -52,8 +52,9 @@ def classify_all(
     for done, (case, paths) in enumerate(scans.items(), 1):
         try:
             found[case] = classifier(paths)
-        except GvslZooError as error:
-            failed[case] = " ".join(str(error).split())
+        except Exception as error:  # ITK raises whatever it likes
+            kind = "" if isinstance(error, GvslZooError) else f"{type(error).__name__}: "
+            failed[case] = kind + " ".join(str(error).split())
         if progress:
             progress(done, len(scans))
     return found, failed
