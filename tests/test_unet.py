@@ -14,10 +14,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from formula import assert_as_recorded, image, recorded
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from gvsl_zoo.errors import ArgumentError
 from gvsl_zoo.models.backbone import Conv3d, FeatureList, initialise, pad_to_multiple
-from gvsl_zoo.models.unet import UNet, has_triton, upsample
+from gvsl_zoo.models.unet import UNet, _may_fuse, has_triton, upsample
 from gvsl_zoo.models.xmorpher import XMorpher
 
 SIZES = [(37, 50, 61), (8, 8, 8), (5, 17, 3), (1, 1, 1), (37, 50), (8, 8), (5, 17), (1, 1)]
@@ -398,3 +400,16 @@ def test_where_no_kernel_can_be_compiled_the_layers_of_pytorch_run(monkeypatch):
 
 def no_compiler(*_):
     raise RuntimeError("Failed to find C compiler")
+
+
+def test_norm_and_activation_are_one_only_where_nobody_would_see_it(monkeypatch):
+    monkeypatch.setattr("gvsl_zoo.models.unet.has_triton", lambda: True)
+    on_a_gpu = SimpleNamespace(is_cuda=True, ndim=5, dtype=torch.float32, shape=(1, 8, 2, 2, 2))
+    layers = torch.nn.GroupNorm(1, 8), torch.nn.LeakyReLU(0.2)
+    assert _may_fuse(*layers, on_a_gpu)
+    with forward_ad.dual_level():
+        assert not _may_fuse(*layers, on_a_gpu)
+    with FakeTensorMode():  # tensors without memory
+        assert not _may_fuse(*layers, on_a_gpu)
+    layers[1].register_forward_hook(lambda *_: None)
+    assert not _may_fuse(*layers, on_a_gpu)
