@@ -119,7 +119,7 @@ def test_what_is_not_plain_yaml_is_refused_with_its_line(write, content, match):
         ("scale: [0, 1]", "scale: [1, 0]", r"expected \[low, high\], got \[1, 0\]"),
         ("scale: [0, 1]", "scale: [0]", r"scale: expected 2 values, got 1"),
         ("heads: [restoration]", "heads: [hydra]", r"heads\[0\]: expected affine or .*, got 'hydra'"),
-        ("orientation: RAS", "orientation: up", "expected axis codes such as RAS"),
+        ("orientation: RAS", "orientation: up", "expected RAS, got"),
         # Y5: a hub source states commit and hash
         (f"sha256: {SHA}, ", "", r":19: .*sources\[0\]: a pinned hub source needs sha256"),
         (f"revision: {REVISION}, ", "", "a pinned hub source needs revision"),
