@@ -77,7 +77,7 @@ def test_mapping_every_level_is_mapping_all_interpolated_levels(
     weight, bias = torch.randn(3, full.shape[1], generator=generator), torch.randn(3, generator=generator)
     expected = torch.einsum("kf,bfzyx->bkzyx", weight, full) + bias.view(1, -1, 1, 1, 1)
     box = tuple(slice(f, f + n) for f, n in zip(front, shape, strict=True))
-    out = SupportModel(backbone, weight, bias, NAMES)(x)
+    out = SupportModel(backbone, weight, bias, NAMES, Preprocessing())(x)
     torch.testing.assert_close(out, expected[(slice(None), slice(None), *box)], rtol=1e-4, atol=1e-4)
 
 
