@@ -97,7 +97,9 @@ def trained_classes(model: nn.Module) -> tuple[Label, ...]:
     entry: Any = getattr(model, "entry", None)
     if entry is None or entry.trained_head != "classification":
         name = entry.name if entry else type(model).__name__
-        raise ArgumentError(f"{name} has no trained classification head", "train one: gvsl-zoo finetune")
+        raise ArgumentError(
+            f"{name} has no trained classification head", "train one: gvsl-zoo finetune --task classification"
+        )
     labels: tuple[Label, ...] = entry.labels
     return labels
 
