@@ -475,7 +475,8 @@ def curves_picture(
     for axes in (left, *others):
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, fontsize=8, frameon=False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, fontsize=8, frameon=False)
     _save(figure, Path(path))
 
 

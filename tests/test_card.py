@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from gvsl_zoo import load, model_info, save_pretrained
 from gvsl_zoo.card import PICTURES, card_files, model_card
 from gvsl_zoo.registry import Evaluation, Label, ModelEntry, Source, list_models
+from gvsl_zoo.report import curves_picture
 
 NANO = "gvsl-unet-ct-nano"
 CT = model_info(NANO)
@@ -109,3 +110,13 @@ def test_a_large_picture_keeps_its_shades_in_few_colours(tmp_path, monkeypatch):
 def test_every_entry_survives_its_own_card(name):
     entry = model_info(name)
     assert ModelEntry.from_dict(entry.to_dict()) == entry and ModelCard(model_card(entry)).data.tags
+
+
+def test_learning_curves_take_a_log_whose_first_record_was_not_validated(tmp_path):
+    """As one is that was stopped by a signal."""
+    pytest.importorskip("matplotlib", reason="pictures need gvsl-zoo[viz]")
+    log = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "ncc_before": 0.3}, {"step": 3, "loss": 1.5}]
+    curves_picture(log, tmp_path / "first.png")
+    log = [{"step": 1, "loss": 2.0, "other": 0.1}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 0.5, "other": 0.3}]
+    curves_picture(log, tmp_path / "gap.png")
+    assert (tmp_path / "first.png").is_file() and (tmp_path / "gap.png").is_file()

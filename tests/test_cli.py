@@ -886,3 +886,8 @@ def test_no_command_says_a_token(files, hub, monkeypatch):
     for call in ("push ./saved org/model", "download hf-hub:org/model", "doctor", "--debug push ./saved org/model"):
         result = run(*call.split())
         assert "hf_secret" not in result.output + str(result.exception)
+
+
+def test_facts_without_content_are_shown(capsys):
+    show({"files": {}, "steps": 3}, False)
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [["files"], ["steps", "3"]]

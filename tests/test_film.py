@@ -214,3 +214,14 @@ def test_the_command_writes_features_of_a_film(model, pixels, tmp_path):
     result = CliRunner().invoke(main, list(map(str, call)))
     assert result.exit_code == 0, result.output
     assert nib.load(tmp_path / "out.nii.gz").shape == (56, 40, 1, 8)
+
+
+def test_a_pixel_that_is_no_number_does_not_change_the_window():
+    data = np.full((24, 20, 1), 200.0, np.float32)
+    data[:, :4] = 0
+    plain = prepare_film(Volume(data, np.eye(4)), FilmPreprocessing())
+    data = data.copy()
+    data[0, 0] = np.nan
+    with pytest.warns(InputWarning, match=r"(?i)nan|finite"):
+        found = prepare_film(Volume(data, np.eye(4)), FilmPreprocessing())
+    assert found.image.max() == plain.image.max() == pytest.approx(200 / 255, abs=1e-3)

@@ -418,6 +418,9 @@ def test_atlases_without_labels_on_their_grid_are_refused(heads, pair):
     scan, labels = pair[0]
     with pytest.raises(ArgumentError, match="give a labelled scan"):
         segment_by_atlas(scan, [], heads)
+    off = labels.affine.copy()
+    off[:3, 3] += 0.02  # mm, as files of another program lie
+    assert segment_by_atlas(scan, [(scan, Volume(labels.data, off))], heads, refine=0).shape == scan.shape
     with pytest.raises(VolumeError, match=r"the label map has .63, 64, 64. voxels, its scan .64, 64, 64.; resample"):
         segment_by_atlas(scan, [(scan, Volume(labels.data[:-1], labels.affine))], heads)
     with pytest.raises(ArgumentError, match="nothing but background"):
