@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .errors import ArgumentError, VolumeError, listed
 from .film import FilmPreprocessing, write_film
-from .inference.features import body, dense_features, prepare_for, principal_components, recipe_of
+from .inference.features import body, dense_features, prepare_for, principal_components, recipe_of, repeated
+from .inference.sliding import device_of
 from .losses import local_ncc_loss
 from .models.gemini import GEMINI, WholeModule
 from .pretrain.anatomy import FILM_LABELS, LABELS, Film, Subject, sample_film, sample_subject
@@ -258,7 +259,7 @@ def deep(image: Tensor) -> Tensor:
 
 def on_device(image: Tensor, model: WholeModule) -> Tensor:
     """The image in every input channel of the model, on its device."""
-    return image.to(next(model.parameters()).device).expand(-1, model.unet.in_chans, *image.shape[2:])
+    return repeated(image, model).to(device_of(model))
 
 
 def dice(a: Tensor, b: Tensor) -> float:

@@ -456,8 +456,8 @@ def curves_picture(
     figure = _figure(4.4, title or "A pre-training run")
     left, *others = np.atleast_1d(figure.subplots(1, 1 + len(panels)))
     measured = {name for names in panels.values() for name in names}
-    others_of = {"step", "gradient", "seconds", *measured}
-    terms = [key for key in log[0] if key not in others_of and all(key in record for record in log)]
+    beside = {"step", "gradient", "seconds", *measured}
+    terms = [key for key in log[0] if key not in beside and all(key in record for record in log)]
     window = max(1, len(log) // 100)
     for term in terms:
         values = np.convolve([record[term] for record in log], np.ones(window) / window, "valid")

@@ -191,6 +191,10 @@ def test_a_bench_notes_the_shape_of_its_arm_without_weights_and_each_mode_once(c
     again = bench(cases, [NANO], CONFIG, out, counts=[1, 3], modes=["linear", "linear"], device="cpu")
     assert len(again.cells) == 12 and len(again.comparisons) == 2
     assert not [path for path in (out / "cells").iterdir() if path.is_dir()]
+    left = out / "cells" / Cell(NANO, "linear", 1, 0).name  # as of a bench that was killed behind this result
+    left.mkdir()
+    bench(cases, [NANO], CONFIG, out, counts=[1], modes=["linear"], device="cpu")
+    assert not left.exists()
 
 
 def test_a_bench_of_several_processes_is_refused(cases, tmp_path, monkeypatch):

@@ -840,7 +840,7 @@ def test_the_rate_of_a_whole_network_falls_with_its_width():
     assert scratch.peak_rate(256) == 2 * whole.peak_rate(256)
     assert linear.peak_rate(128) == linear.peak_rate(512)
     assert settings(8, learning_rate=0.01).peak_rate(512) == 0.01
-    [wide] = [load("gvsl-unet-ct-small", task="segmentation", num_classes=2, pretrained=False)]
+    wide = load("gvsl-unet-ct-small", task="segmentation", num_classes=2, pretrained=False)
     head = finetune.make_learner(wide, settings(8), make_accelerator("cpu")).optimizer.param_groups[-1]
     assert head["lr"] == 2.5e-3
 

@@ -443,7 +443,7 @@ def test_the_script_proves_a_run_by_its_own_registry(changes, tmp_path, monkeypa
     assert result.exit_code == 0 and f"PASS  {name} (maths" in result.output, result.output
 
 
-def test_a_proof_holds_in_a_process_that_has_chosen_tf32(proved, tmp_path):
+def test_a_proof_holds_in_a_process_that_has_chosen_tf32(tmp_path):
     model = load("gvsl-unet-ct-nano")
     torch.backends.fp32_precision = "tf32"
     try:

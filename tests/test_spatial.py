@@ -417,7 +417,7 @@ def test_what_needs_float32_in_full_gets_it_whatever_the_process_has_chosen(lowe
     assert chosen() == ["tf32"] * 2
 
 
-def test_a_process_that_has_chosen_nothing_is_left_alone(monkeypatch):
+def test_a_process_that_has_chosen_nothing_is_left_alone():
     class Operation:
         fp32_precision = "none"
 

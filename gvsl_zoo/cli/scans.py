@@ -227,7 +227,7 @@ def classify_command(source: Path, output: Path | None, overwrite: bool, name: s
     with progress_bar("classify") as progress:
         found, failed = classify_all(scans, model, progress=progress)
     if output and found:
-        write_whole(output, table_of(found, labels).encode())
+        write_whole(output, table_of(found, labels).encode(errors="surrogateescape"))
     if as_json:
         click.echo(json.dumps(found, indent=2))
     for case, probabilities in () if as_json else found.items():

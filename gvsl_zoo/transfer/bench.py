@@ -330,6 +330,8 @@ class Trainings:
         folder.mkdir(parents=True, exist_ok=True)
         paths = {cell: folder / f"{cell.name}.json" for cell in cells}
         left = [cell for cell in cells if not paths[cell].exists()]
+        for cell in set(cells).difference(left):
+            shutil.rmtree(folder / cell.name, ignore_errors=True)  # of a bench that was killed behind its result
         say(f"{len(left)} trainings of {self.config.steps} steps to do, {len(cells) - len(left)} done before")
         self._check(left)
         timed: set[str] = set()

@@ -33,7 +33,7 @@ from ..pretrain.loop import tensorboard
 from ..pretrain.run import Record, Run, State, Tensors, log_lines
 from ..registry import Label, Ledger, ModelEntry
 from ..report import curves_picture
-from ..weights import write_whole
+from ..weights import values_hash, write_whole
 from ..zoo import HEADED, load
 from .cases import Cases, Split, files_hash, split_cases
 from .config import FinetuneConfig
@@ -105,7 +105,7 @@ def finetune(
 
     with stop_signals() as stop, run.locked() if main else nullcontext():
         if main:
-            note_cases(out, split, labels, None if config.from_scratch else model.backbone.load_report.sha256)
+            note_cases(out, split, labels, None if config.from_scratch else values_hash(model.backbone))
         accelerator.wait_for_everyone()
         learner = make_learner(model, config, accelerator)
         state = run.latest()
