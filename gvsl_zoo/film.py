@@ -75,16 +75,16 @@ def prepare_film(film: Volume, recipe: FilmPreprocessing) -> Prepared:
     return replace(prepared, affine=to_world @ prepared.affine, source=film)
 
 
-def read_film(path: str | os.PathLike[str]) -> Volume:
+def read_film(path: str | os.PathLike[str], *, fill: float | None = None) -> Volume:
     """A .png or DICOM picture, or a .nii file of one slice, as a volume: i is the column, j the row.
 
-    A picture's pixels are taken as 1 mm wide, whatever they are.
+    A picture's pixels are taken as 1 mm wide, whatever they are. fill: see `read_volume`.
 
     Errors: VolumeError for a file that cannot be read, or a volume of several slices.
     """
     path = Path(path)
     if path.suffix.lower() != ".png" and not is_dicom(path):
-        return one_slice(read_volume(path))
+        return one_slice(read_volume(path, fill=fill))
     try:
         pixels = read_pixels(path)
     except (OSError, RuntimeError, SyntaxError) as error:  # ITK's own has several lines, the cause in the last
@@ -101,26 +101,45 @@ def is_film(path: str | os.PathLike[str]) -> bool:
     return path.suffix.lower() == ".png" or _dicom_spacing(path) is not None
 
 
-def read_scan(path: str | os.PathLike[str]) -> Volume:
-    """A film in the millimetres that it knows, as a volume of one slice, or else a volume. Errors: VolumeError."""
+def read_scan(path: str | os.PathLike[str], *, fill: float | None = None) -> Volume:
+    """A film in the millimetres that it knows, as a volume of one slice, or else a volume. Errors: VolumeError.
+
+    fill: see `read_volume`.
+    """
     if not is_film(path):
-        return read_volume(path)
+        return read_volume(path, fill=fill)
     x, y = _dicom_spacing(Path(path)) or (1.0, 1.0)
     return replace(read_film(path), affine=np.diag([x, y, 1.0, 1.0]))
 
 
-def read_for(scan: Volume | str | os.PathLike[str], recipe: Preprocessing | FilmPreprocessing) -> Volume:
-    """A film or a volume, given or read, as the model wants it.
+def read_labels(labels: Volume | str | os.PathLike[str]) -> Volume:
+    """A label map, given or read: whole numbers from 0 on, NaN being 0; a film's is a volume of one slice.
+
+    Errors: VolumeError for a file that cannot be read, or holds something else.
+    """
+    volume = labels if isinstance(labels, Volume) else read_scan(labels, fill=0.0)
+    data, name = volume.data, repr(str(volume.path)) if volume.path else "the label map"
+    if data.dtype.kind == "f" and not (data == np.round(data)).all():
+        raise VolumeError(f"{name} holds fractions, not labels", "give a whole number a voxel")
+    if data.dtype.kind not in "ub" and data.min() < 0:
+        raise VolumeError(f"{name} holds the label {data.min():g}", "give labels from 0 on")
+    return volume
+
+
+def read_for(
+    scan: Volume | str | os.PathLike[str], recipe: Preprocessing | FilmPreprocessing, *, fill: float | None = None
+) -> Volume:
+    """A film or a volume, given or read, as the model wants it. fill: see `read_volume`.
 
     Errors: VolumeError for a file that cannot be read, or a volume for a model of films; ArgumentError for a film for a
         model of volumes.
     """
     if isinstance(recipe, FilmPreprocessing):
-        return one_slice(scan if isinstance(scan, Volume) else read_scan(scan))
+        return one_slice(scan if isinstance(scan, Volume) else read_scan(scan, fill=fill))
     if not isinstance(scan, Volume) and Path(scan).is_file() and is_film(scan):
         remedy = "choose a 2D model: gvsl_zoo.list_models(ndim=2)"
         raise ArgumentError(f"{str(scan)!r} is a film, the model one of volumes", remedy)
-    return scan if isinstance(scan, Volume) else read_volume(scan)
+    return scan if isinstance(scan, Volume) else read_volume(scan, fill=fill)
 
 
 def prepare_scan(scan: Volume | str | os.PathLike[str], recipe: Preprocessing | FilmPreprocessing) -> Prepared:

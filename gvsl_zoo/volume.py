@@ -106,19 +106,31 @@ class Volume:
         i, j, k = np.linalg.norm(self.affine[:3, :3], axis=0).tolist()
         return i, j, k
 
+    def carrying(self, data: np.ndarray) -> Volume:
+        """Something else on the same grid, such as labels: without what header and comment say of the voxels."""
+        header = self.header
+        if header is not None:
+            header = header.copy()
+            for field in OF_THE_SCAN:
+                header[field] = np.zeros_like(header[field])
+        return replace(self, data=data, header=header, comment="")
+
 
 # ---- the way in: a file is believed only after its claims have been checked, and before anything large is allocated
 
 
-def read_volume(path: str | os.PathLike[str], *, channels: bool = False, max_bytes: int = MAX_BYTES) -> Volume:
+def read_volume(
+    path: str | os.PathLike[str], *, channels: bool = False, fill: float | None = None, max_bytes: int = MAX_BYTES
+) -> Volume:
     """Read a .nii or .nii.gz file (NIfTI-1 or -2, either byte order) to its last byte, checksum included.
 
     A folder is read as the DICOM series in it, a DICOM file as the series that it belongs to: see `read_dicom`.
     An uncompressed file without scaling is memory-mapped (private pages: changing `data` never changes the file).
-    NaN and infinite voxels become the smallest finite value; this and every doubt is in `notes` and warned about.
+    NaN and infinite voxels become `fill`; this and every doubt is in `notes` and warned about.
 
     Args:
         channels: accept a 4-D file as (i, j, k, C); otherwise only one volume, whose extra axes are dropped.
+        fill: default the smallest finite value, the air of an image; of labels and masks 0.
         max_bytes: the most memory that the voxels may take.
 
     Errors: VolumeError for whatever cannot be read or trusted.
@@ -145,7 +157,7 @@ def read_volume(path: str | os.PathLike[str], *, channels: bool = False, max_byt
             else:
                 raw = _read_exactly(stream, math.prod(shape) * dtype.itemsize)
                 data = _scaled(raw.view(dtype).reshape(shape, order="F"), slope, inter)
-        data, filled = _fill_nonfinite(data)
+        data, filled = _fill_nonfinite(data, fill)
         notes += filled
     _warn(f"{path.name}: {note}" for note in notes)
     return Volume(data, affine, header, path, tuple(notes), comment)
@@ -324,8 +336,8 @@ def _scaled(data: np.ndarray, slope: float, inter: float) -> np.ndarray:
     return out
 
 
-def _fill_nonfinite(data: np.ndarray, *, copy: bool = False) -> tuple[np.ndarray, list[str]]:
-    """Replace NaN and infinity by the smallest finite value, in place unless `copy`."""
+def _fill_nonfinite(data: np.ndarray, fill: float | None = None, *, copy: bool = False) -> tuple[np.ndarray, list[str]]:
+    """Replace NaN and infinity, by default by the smallest finite value, in place unless `copy`."""
     if data.dtype.kind != "f":
         return data, []
     bad, low, high = 0, math.inf, -math.inf
@@ -342,10 +354,11 @@ def _fill_nonfinite(data: np.ndarray, *, copy: bool = False) -> tuple[np.ndarray
     if not bad:
         return data, []
     data = data.copy(order="K") if copy else data
+    value, told = (low, f"{low:g}, the smallest value") if fill is None else (fill, f"{fill:g}")
     for index in range(data.shape[2]):
         part = data[:, :, index]
-        part[~np.isfinite(part)] = low
-    return data, [f"{bad} of {data.size} voxels were NaN or infinite and are now {low:g}, the smallest value"]
+        part[~np.isfinite(part)] = value
+    return data, [f"{bad} of {data.size} voxels were NaN or infinite and are now {told}"]
 
 
 # ---- DICOM
@@ -727,6 +740,37 @@ class Prepared:
         z, y, x = np.linalg.norm(self.affine[:3, :3], axis=0).tolist()
         return z, y, x
 
+    def bring_labels(self, labels: np.ndarray, count: int) -> np.ndarray:
+        """Bring labels from the source's own grid onto the canonical one: in every voxel the one that fills most of it.
+
+        Shares are what `prepare` would make of each label's mask; only the box that holds a label is looked at.
+
+        Args:
+            labels: (i, j, k) whole numbers from 0 to `count` - 1.
+
+        Returns: (D, H, W), of the same type; of equal shares the smallest label.
+        """
+        order, flips = self._way_back()
+        source = labels.transpose(order)[flips]
+        weights = [
+            _interpolate(np.eye(n, dtype=np.float32)[None], (new, n))[0]
+            for n, new in zip(source.shape, self.shape, strict=True)
+        ]
+        most, found = np.zeros(self.shape, np.float32), np.zeros(self.shape, labels.dtype)
+        for label, box in enumerate(_boxes(source, count)):
+            if box is None:
+                continue
+            inner = [own[:, part] for own, part in zip(weights, box, strict=True)]
+            rows = [np.flatnonzero(own.any(1)) for own in inner]
+            out = tuple(slice(row[0], row[-1] + 1) for row in rows)
+            z, y, x = (own[part] for own, part in zip(inner, out, strict=True))
+            plane = np.stack([y @ (part == label).astype(np.float32) @ x.T for part in source[box]])
+            share = np.tensordot(z, plane, 1)
+            wins = share > most[out]
+            found[out][wins] = label
+            np.maximum(most[out], share, out=most[out])
+        return found
+
     def restore(self, array: torch.Tensor | np.ndarray, *, nearest: bool = False) -> Volume:
         """Bring an array from the canonical grid onto the source's own grid: its axes, shape, affine and header.
 
@@ -813,12 +857,7 @@ class Prepared:
         return (z, y, x), (i, j, k)
 
     def _volume(self, data: np.ndarray, affine: np.ndarray) -> Volume:
-        header = self.source.header
-        if header is not None:
-            header = header.copy()
-            for field in OF_THE_SCAN:
-                header[field] = np.zeros_like(header[field])
-        return replace(self.source, data=data, affine=affine, header=header, comment="")
+        return replace(self.source.carrying(data), affine=affine)
 
 
 def prepare(volume: Volume, preprocessing: Preprocessing, *, max_bytes: int = MAX_BYTES) -> Prepared:
@@ -893,6 +932,23 @@ def _resample(source: np.ndarray, size: Sequence[int]) -> np.ndarray:
             np.array(source[start : start + step], np.float32, order="C"), size[1:]
         )
     return _interpolate(plane.reshape(1, D, -1), (size[0], size[1] * size[2])).reshape(tuple(size))
+
+
+def _boxes(labels: np.ndarray, count: int) -> list[tuple[slice, slice, slice] | None]:
+    """The smallest box that holds each label from 0 to `count` - 1 in (D, H, W); None of one that does not occur."""
+    seen = [np.zeros((size, count), bool) for size in labels.shape]
+    firsts = [count * np.arange(size) for size in labels.shape]
+    for index, part in enumerate(labels):
+        held = np.bincount((part + firsts[1][:, None]).ravel(), minlength=seen[1].size).reshape(-1, count) > 0
+        seen[0][index] = held.any(0)
+        seen[1] |= held
+        seen[2] |= np.bincount((part + firsts[2]).ravel(), minlength=seen[2].size).reshape(-1, count) > 0
+    boxes: list[tuple[slice, slice, slice] | None] = []
+    for label in range(count):
+        z, y, x = (np.flatnonzero(own[:, label]) for own in seen)
+        box = (slice(z[0], z[-1] + 1), slice(y[0], y[-1] + 1), slice(x[0], x[-1] + 1)) if len(z) else None
+        boxes.append(box)
+    return boxes
 
 
 def _parts(slabs: Iterable[tuple[int, torch.Tensor]], depth: int) -> Iterator[tuple[int, torch.Tensor]]:

@@ -149,8 +149,9 @@ def test_every_number_is_in_the_results(done):
 
 
 def test_a_bench_says_first_what_it_will_do_and_then_how_long_it_takes(done):
-    _, _, said = done
-    assert said[0] == "12 trainings of 2 steps to do, 0 done before"
+    report, _, said = done
+    assert said[0] == "12 trainings of 8 steps (linear) to do, 0 done before"
+    assert report.settings["steps"] == {"linear": 8}
     assert "11 more in mode linear: about" in said[2]
 
 
@@ -407,9 +408,9 @@ def test_the_command_prints_tables_and_verdicts(folder, tmp_path):
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
     assert f"{NANO}, full: " in result.output and f"{NANO}, linear: " in result.output
-    assert "12 trainings of 1 steps to do" in result.output
+    assert "12 trainings of 1 steps (full) and 4 steps (linear) to do" in result.output
     again = CliRunner().invoke(main, [*words, "--json"])
-    assert "0 trainings of 1 steps to do, 12 done before" in again.stderr
+    assert "0 trainings of 1 steps (full) and 4 steps (linear) to do, 12 done before" in again.stderr
     assert len(json.loads(again.stdout)["cells"]) == 12
 
 

@@ -327,6 +327,25 @@ def test_a_classification_of_scans_that_the_model_has_seen_is_refused_too(data, 
     assert result.exit_code == 0 and json.loads(result.stdout)["seen in training"] == ["b"]
 
 
+@pytest.mark.filterwarnings("ignore::gvsl_zoo.volume.InputWarning")
+def test_nothing_outside_a_mask_is_background(tmp_path):
+    mask = cube([2, 2, 2])
+    write(tmp_path / "found", "a", mask)
+    write_volume(Volume(np.where(mask, 1, np.nan).astype(np.float32), AFFINE), tmp_path / "a.nii.gz")
+    assert evaluate(tmp_path / "found", tmp_path / "a.nii.gz").scores[0].overlap.dice == 1
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_picture_has_the_millimetres_of_the_film_that_it_is_compared_with(tmp_path, swapped):
+    image = pytest.importorskip("PIL.Image")
+    mask = cube([2, 2], shape=(24, 24)).astype(np.uint8)
+    image.fromarray(mask.T).save(tmp_path / "a.png")
+    write(tmp_path / "other", "a", np.roll(mask, 3, 0)[:, :, None], np.diag([0.5, 0.5, 1, 1]))
+    files = [tmp_path / "other", tmp_path / "a.png"]
+    [score] = evaluate(*files[:: -1 if swapped else 1]).scores
+    assert score.overlap.hd95_mm == pytest.approx(1.5) and score.reference_ml == pytest.approx(0.025)
+
+
 # --- Classification -------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +365,17 @@ def test_auc_is_the_share_of_pairs_in_order_ties_counting_half(tmp_path):
     for name in ("healthy", "ill"):
         assert found.summary["labels"][name]["auc"]["mean"] == pytest.approx(above + equal / 2)
     assert found.summary["accuracy"]["mean"] == pytest.approx(((scores > 0.5) == ill).mean())
+
+
+def test_numbers_in_the_references_are_named_by_the_labels(tmp_path):
+    predictions, references = tables(tmp_path, [0.2, 0.7, 0.6], [0, 1, 0])
+    for name in "abc":
+        write(tmp_path, name, cube([2, 2, 2]))
+    named = {"task": "classification", "labels": {"healthy": 0, "ill": 1}}
+    tall = evaluate(predictions, references, **named)
+    references.write_text("case,image,label\nc0,a.nii.gz,0\nc1,b.nii.gz,1\nc2,c.nii.gz,0\n")
+    assert evaluate(predictions, references, **named) == tall
+    assert tall.summary["accuracy"]["mean"] == pytest.approx(2 / 3) and tall.summary["labels"]["ill"]["cases"] == 1
 
 
 def test_of_a_table_of_scans_and_classes_the_test_cases_count_under_whatever_columns(tmp_path):

@@ -167,8 +167,10 @@ def test_heads_answer_again_of_what_they_have_brought_nearer_and_no_longer_than_
         assert found is None
         return
     affine, displacement = found
-    assert (affine == 1).all()
     expected = shift * (1 - 0.5**PASSES)
+    whole = torch.eye(3, 4)[None]
+    whole[0, 2, 3] = expected  # not the 1s that the first pass said
+    torch.testing.assert_close(affine, whole, rtol=0, atol=1e-3)
     assert displacement[:, 2].sub(expected).abs().max() < 1e-4 and displacement[:, :2].abs().max() < 1e-4
     assert torch.equal(asks[0], moving) and not torch.equal(asks[1], moving)
 
@@ -395,6 +397,17 @@ def test_a_sheared_scan_whose_displacement_has_no_place_in_nifti_is_said_before_
 def test_a_scan_that_is_its_own_atlas_keeps_its_labels(heads, pair):
     scan, labels = pair[0]
     assert np.array_equal(segment_by_atlas(scan, [(scan, labels)], heads, refine=3).data, labels.data)
+
+
+def test_labels_by_atlas_say_nothing_that_is_true_of_the_scan_alone(heads, pair, tmp_path):
+    scan, labels = pair[0]
+    write_volume(scan, tmp_path / "scan.nii.gz")
+    scan = read_volume(tmp_path / "scan.nii.gz")
+    scan.header["cal_max"], scan.header["aux_file"] = 240, b"lut.txt"
+    found = segment_by_atlas(scan, [(scan, labels)], heads, refine=0)
+    assert found.header["cal_max"] == 0 and not found.header["aux_file"] and scan.header["cal_max"] == 240
+    with pytest.raises(VolumeError, match="it is the input itself"):
+        write_volume(found, tmp_path / "scan.nii.gz", overwrite=True)
 
 
 @pytest.mark.parametrize(("value", "kind"), [(7, np.uint8), (255, np.uint8), (300, np.uint16)])

@@ -49,6 +49,8 @@ from gvsl_zoo.models.xmorpher import XMorpher
 from gvsl_zoo.pretrain.anatomy import Film, sample_film, true_displacement
 from gvsl_zoo.registry import Label
 from gvsl_zoo.spatial import affine_coordinates, identity_grid, jacobian_determinant, sample, warp
+from gvsl_zoo.transfer.cases import read_cases
+from gvsl_zoo.transfer.data import prepare_cases
 from gvsl_zoo.transforms import Affine, Grid, read_transform, to_displacement, warp_volume, write_transform
 from gvsl_zoo.volume import own_locale
 
@@ -338,6 +340,23 @@ def test_features_masks_and_labels_of_a_dicom_film_lie_in_its_millimetres(tmp_pa
 
 
 # --- Correspondence ------------------------------------------------------------------------------------------------
+
+
+def test_labels_of_a_dicom_film_count_by_its_pixels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 4000, (40, 30)).astype(np.uint16)
+    labels = (pixels > 2000).astype(np.uint8)
+    write_dicom(tmp_path / "a.dcm", pixels, (0.5, 0.25))
+    write_png(tmp_path / "picture.png", labels)
+    write_volume(Volume(labels.T[:, :, None], np.diag([0.5, 0.25, 1, 1])), tmp_path / "map.nii.gz")
+    given = load("gvsl-unet-xray-nano").entry.input
+    targets = []
+    for name in ("picture.png", "map.nii.gz"):
+        (tmp_path / "data.csv").write_text(f"image,label\na.dcm,{name}\n")
+        cases = read_cases(tmp_path / "data.csv", labels={"bright": 1})
+        assert [case.name for case in cases] == ["a"]  # as the label map of segment is called
+        [example] = prepare_cases(cases.cases, cases.labels, given, tmp_path)
+        targets.append(example.target)
+    assert torch.equal(*targets) and targets[0].shape == example.image.shape[1:]
 
 
 def test_points_of_a_film_are_found_in_its_copy_of_another_size(drawn, pair, model):

@@ -23,7 +23,7 @@ from click.testing import CliRunner
 from gvsl_zoo import load
 from gvsl_zoo.cli import main
 from gvsl_zoo.demo import as_volume
-from gvsl_zoo.errors import ArgumentError, GvslZooError
+from gvsl_zoo.errors import ArgumentError, GvslZooError, VolumeError
 from gvsl_zoo.inference.correspond import Matcher
 from gvsl_zoo.pretrain.anatomy import sample_subject
 from gvsl_zoo.view import server as room
@@ -201,6 +201,18 @@ def test_a_question_too_long_or_of_another_kind_is_not_read(server: PageServer) 
     assert match(server, b"x" * 1025)[0] == 413
     assert match(server, {}, Content_Type="text/plain")[0] == 415
     assert match(server, {}, Content_Length="-5")[0] == 413
+    assert match(server, {}, Content_Length="9" * 5000)[0] == 413
+
+
+def test_a_question_that_cannot_be_answered_now_is_told_why(
+    server: PageServer, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise VolumeError("cannot write it: no space left", "free some")
+
+    monkeypatch.setattr(pair, "match", full)
+    status, answer = match(server, {"scan": "fixed", "point_mm": POINT})
+    assert status == 409 and answer["error"].startswith("cannot write it: no space left")
 
 
 # ---- what is shown

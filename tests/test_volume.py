@@ -150,6 +150,25 @@ def test_the_edges_of_the_field_of_view_stay_where_they_are():
     np.testing.assert_allclose(*(sorted(corners.round(6).tolist()) for corners in (before, after)), atol=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_labels_are_brought_where_the_share_of_their_mask_is_the_largest(seed):
+    generator = np.random.default_rng(seed)
+    order, signs = generator.permutation(3), generator.choice([-1, 1], 3)
+    shape, spacing = generator.integers(1, 30, 3), generator.uniform(0.5, 4, 3)
+    labels = np.kron(generator.integers(0, 6, -(-shape // 4)), np.ones((4, 4, 4), int))
+    labels = labels[tuple(map(slice, shape))].astype(np.uint8)
+    labels[labels == 4] = 5  # of one there is nothing
+    affine = turned_affine(tuple(order), tuple(signs))
+    prepared = quietly(Volume(generator.normal(size=shape), affine), Preprocessing(tuple(spacing), unit="arbitrary"))
+    recipe = Preprocessing(tuple(spacing), unit="arbitrary", window=(0.0, 1.0))
+    shares = [quietly(Volume((labels == k).astype(np.uint8), affine), recipe).image[0, 0] for k in range(6)]
+    found = prepared.bring_labels(labels, 6)
+    ordered = torch.stack(shares).sort(0, descending=True).values
+    clear = (ordered[0] - ordered[1] > 1e-5).numpy()
+    np.testing.assert_array_equal(found[clear], torch.stack(shares).argmax(0).numpy()[clear])
+    assert found.dtype == np.uint8 and clear.mean() > 0.5
+
+
 @pytest.mark.parametrize("factor", [2, 3])
 def test_labels_come_back_exactly_from_a_grid_finer_by_an_integer_factor(factor):
     labels = labels_with_a_different_corner_each((8, 9, 10), np.uint8)
@@ -395,6 +414,8 @@ def test_nan_and_infinite_voxels_are_filled_and_reported(tmp_path):
             volume = read_volume(save(tmp_path / name, data))
         assert volume.data[1, 2, 3] == volume.data[0, 0, 1] == -3 and len(volume.notes) == 1
         np.testing.assert_array_equal(volume.data[2], data[2])
+        with pytest.warns(InputWarning, match="3 of 120 voxels were NaN or infinite and are now 0"):
+            assert read_volume(tmp_path / name, fill=0.0).data[1, 2, 3] == 0
 
 
 @pytest.mark.parametrize(

@@ -264,7 +264,9 @@ def evaluate_command(
 @click.option("--counts", help="Labelled subjects to train on.  [default: 1,3,5,10 as far as there are]")
 @click.option("--seeds", type=click.IntRange(3), default=3, show_default=True, help="Repeats of every training.")
 @click.option("--modes", default="full,linear", show_default=True, help="Of training: full, linear or both.")
-@click.option("--steps", type=click.IntRange(1), default=200, show_default=True, help="Of every training.")
+@click.option(
+    "--steps", type=click.IntRange(1), default=200, show_default=True, help="Of a training; a head alone: four times."
+)
 @click.option("--unit", type=click.Choice(["HU", "arbitrary", "grey"]), help="Of the scans, if not the models'.")
 @click.option("--spacing-mm", type=float, help="Grid of the scans, isotropic.  [default: the models']")
 @click.option("--crop", type=click.IntRange(1), help="Voxels an axis of a patch.  [default: 64; films 256]")

@@ -65,7 +65,7 @@ def segment_by_atlas(
         score = sum((np.where(carried == label.value, trust, 0) for carried, trust in votes), np.zeros(()))
         out[score > best] = label.value
         np.maximum(best, score, out=best)
-    return Volume(out, scan.affine, header=scan.header, comment=label_comment(labels))
+    return replace(scan.carrying(out), comment=label_comment(labels))
 
 
 def _trust(warped: Volume, scan: Volume, model: nn.Module) -> np.ndarray:

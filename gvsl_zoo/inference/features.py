@@ -288,7 +288,7 @@ def mask_on_grid(
 
     recipe: of the model; that of films takes a mask of a film's pixels whatever their millimetres.
     """
-    mask, source = read_for(mask, recipe or Preprocessing()), prepared.source
+    mask, source = read_for(mask, recipe or Preprocessing(), fill=0.0), prepared.source
     if isinstance(recipe, FilmPreprocessing):
         mask = own_plane(on_film(mask, source))
     else:

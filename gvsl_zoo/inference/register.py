@@ -200,9 +200,10 @@ def answered(
 
     The displacement is smoothed after every pass: that unfolds most of what folds, and costs next to no overlap.
 
-    Returns: affine of the first pass and the whole displacement, as of `match`; None where no pass correlates more.
+    Returns: affine and displacement as of `match`, after several passes the affine nearest to the displacement; None
+        where no pass correlates more.
     """
-    affine = None
+    affines = []
     displacement = torch.zeros(1, fixed.ndim - 2, *fixed.shape[2:])
     best = correlation(moving, fixed, mask)
     for _ in range(passes):
@@ -211,8 +212,11 @@ def answered(
         score = correlation(moved(moving, further), fixed, mask)
         if not score > best:
             break
-        best, displacement, affine = score, further, found_affine if affine is None else affine
-    return None if affine is None else (affine, displacement)
+        best, displacement = score, further
+        affines.append(found_affine)
+    if not affines:
+        return None
+    return affines[0] if len(affines) == 1 else fit_affine(displacement, mask), displacement
 
 
 def smoothed(displacement: Tensor) -> Tensor:
@@ -244,7 +248,10 @@ def match(model: WholeModule, fixed: Tensor, moving: Tensor, mask: Tensor, preci
 
 
 def correlation(image: Tensor, fixed: Tensor, mask: Tensor) -> float:
-    """Mean local squared correlation where the mask says so, in [0, 1]; all (1, 1, *shape)."""
+    """Mean local squared correlation where the mask says so, in [0, 1]; all (1, 1, *shape).
+
+    Beyond the border both are 0 for it, which agrees: in a thin slab images that share nothing have more than 0.
+    """
     return float((local_correlation(image, fixed) * mask).sum() / mask.sum())
 
 

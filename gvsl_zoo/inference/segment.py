@@ -169,7 +169,10 @@ class Job(NamedTuple):
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {"input": str(self.scans[0]), "output": str(self.output)}
+        """Where they lie, from whatever folder this is read."""
+        paths = [str(scan.absolute()) for scan in self.scans]
+        several = {"channels": paths} if len(paths) > 1 else {}
+        return {"input": paths[0], **several, "output": str(self.output.absolute())}
 
 
 def segment_file(
@@ -183,7 +186,7 @@ def segment_file(
         labels, settings: of `segment`.
         overwrite: replace files that are there; a NAME.json of an earlier call is replaced in any case.
 
-    Returns: what NAME.json holds: "input", "output", "seconds", "labels".
+    Returns: what NAME.json holds: "input" and, if there are several, "channels"; "output", "seconds", "labels".
     Errors: those of `segment`, and before its work VolumeError for a file that may not be written.
     """
     began, labels = time.perf_counter(), labels or trained_labels(model)

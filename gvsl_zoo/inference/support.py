@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, VolumeError
+from ..film import read_labels
 from ..models.backbone import Backbone, crop, pad_to_multiple
 from ..registry import Label
-from ..volume import Prepared, Preprocessing, Volume, check_grid, read_volume
-from .features import WINDOW, backbone_of, mask_on_grid, preprocessing_of
+from ..volume import Prepared, Preprocessing, Volume, check_grid
+from .features import WINDOW, backbone_of, preprocessing_of
 from .refine import recorded
 from .segment import Scan, comment_labels, prepare_channels
 from .sliding import Windows, device_of, evaluate, ready_copy
@@ -92,7 +93,9 @@ def fit_support(supports: Sequence[tuple[Scan, Scan]], model: nn.Module, *, prec
     backbone = ready_copy(backbone_of(model))
     inputs, classes, shares = [], [], torch.zeros(len(values))
     for prepared, labels in pairs:
-        grid = _classes_on_grid(labels, prepared, values)
+        index_of = np.zeros(values[-1] + 1, np.int64)
+        index_of[values] = np.arange(len(values))
+        grid = torch.from_numpy(prepared.bring_labels(index_of[labels.data], len(values)))
         shares += torch.bincount(grid.flatten(), minlength=len(values)) / grid.numel()
         points = _draw(grid, len(values), generator)
         inputs.append(_features_at(points, prepared, backbone, precision))
@@ -129,24 +132,10 @@ def named_labels(maps: Sequence[Volume]) -> list[Label]:
 
 def read_label_map(labels: Scan) -> Volume:
     """A label map, uint16. Errors: VolumeError for what is not whole numbers from 0 to 65535."""
-    volume = labels if isinstance(labels, Volume) else read_volume(labels)
-    data = volume.data
-    if data.min() < 0 or data.max() > np.iinfo(np.uint16).max or (data.dtype.kind == "f" and (data % 1).any()):
-        cause = f"the support labels hold values from {data.min():g} to {data.max():g}"
-        raise VolumeError(cause, "give whole numbers from 0 to 65535")
-    return replace(volume, data=data.astype(np.uint16))
-
-
-def _classes_on_grid(labels: Volume, prepared: Prepared, values: Sequence[int]) -> Tensor:
-    """For every voxel of the model's grid the index of the value that fills most of it, (D, H, W) int64."""
-    most, classes = torch.zeros(prepared.shape), torch.zeros(prepared.shape, dtype=torch.int64)
-    for index, value in enumerate(values):
-        mask = labels.data == value
-        if mask.any():
-            share = mask_on_grid(Volume(mask, labels.affine), prepared)
-            classes[share > most] = index
-            most = torch.maximum(most, share)
-    return classes
+    volume = read_labels(labels)
+    if (most := volume.data.max()) > np.iinfo(np.uint16).max:
+        raise VolumeError(f"the support labels hold the value {most:g}", "give whole numbers from 0 to 65535")
+    return replace(volume, data=volume.data.astype(np.uint16))
 
 
 def _draw(classes: Tensor, count: int, generator: torch.Generator) -> Tensor:

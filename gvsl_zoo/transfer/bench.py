@@ -16,7 +16,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import ArgumentError, TrainingError, listed
 from ..inference.segment import prepare_channels, segment, trained_window
@@ -44,6 +45,7 @@ from .statistics import compare, holm, subject_means
 COUNTS = (1, 3, 5, 10)
 SEEDS = 3
 MODES = ("full", "linear")
+LONGER = {"full": 1, "linear": 4}  # times the steps: those of a head alone cost a tenth, and it is not done before
 SCRATCH = "scratch"
 POOL = "the data set to train on"
 TEST_SHARE = 0.25  # of the subjects, where the data hold none out
@@ -57,7 +59,7 @@ STATISTICS = (
 )
 METRIC = {"segmentation": "Dice", "classification": "accuracy"}
 CELLS, SETTINGS, RESULTS, CURVES = "cells", "settings.json", "results.json", "curves.png"
-JOINING = ("models", "learning rates", "scratch arms")  # settings that may grow while a bench is extended
+JOINING = ("models", "learning rates", "scratch arms", "steps")  # settings that may grow while a bench is extended
 Detail = dict[str, float | None]
 
 
@@ -208,8 +210,9 @@ def bench(
             the same.
         models: names or paths as `load` takes them, none of them called scratch; each is compared with its own
             architecture from scratch.
-        config: of all trainings; its model, mode, seed, from_scratch, subjects and validation are set here. Nothing is
-            chosen by validation, for which there are no scans: the last weights are tested.
+        config: of all trainings; its model, mode, seed, from_scratch, subjects and validation are set here. A head
+            alone takes four times its steps, which cost a tenth each. Nothing is chosen by validation, for which there
+            are no scans: the last weights are tested.
         out: a training that ended is kept there and not repeated.
         counts: of subjects, those of one seed nested; default 1, 3, 5 and 10, as far as there are so many, in a
             classification from the number of classes on.
@@ -332,7 +335,9 @@ class Trainings:
         left = [cell for cell in cells if not paths[cell].exists()]
         for cell in set(cells).difference(left):
             shutil.rmtree(folder / cell.name, ignore_errors=True)  # of a bench that was killed behind its result
-        say(f"{len(left)} trainings of {self.config.steps} steps to do, {len(cells) - len(left)} done before")
+        steps = steps_of(self.config, dict.fromkeys(cell.mode for cell in cells))
+        told = " and ".join(f"{count} steps ({mode})" for mode, count in steps.items())
+        say(f"{len(left)} trainings of {told} to do, {len(cells) - len(left)} done before")
         self._check(left)
         timed: set[str] = set()
         for cell in left:
@@ -366,15 +371,17 @@ class Trainings:
 
     def _train(self, cell: Cell) -> dict[str, Any]:
         started = time.perf_counter()
+        [steps] = steps_of(self.config, [cell.mode]).values()
         config = replace(
             self.config,
+            steps=steps,
             model=self.shapes.get(cell.arm, cell.arm),
             mode=cell.mode,  # type: ignore[arg-type]
             seed=cell.seed,
             from_scratch=cell.arm in self.shapes,
             subjects=cell.count,
             validation=0.0,
-            save_every=self.config.steps,
+            save_every=steps,
         )
         run, cache = self.out / CELLS / cell.name, self._cache(cell)
         model = finetune(self.pool, config, run, device=self.device, cache=cache)
@@ -431,8 +438,9 @@ class Trainings:
         key = case.name, repr(model.entry.input)
         if key not in self.grids:
             prepared = prepare_channels(case.images, model)
-            empty = np.broadcast_to(np.uint8(0), prepared.source.shape)
-            self.grids[key] = replace(prepared, source=replace(prepared.source, data=empty))
+            image = torch.empty(()).expand(prepared.image.shape)
+            data = np.broadcast_to(np.uint8(0), prepared.source.shape)
+            self.grids[key] = replace(prepared, image=image, source=replace(prepared.source, data=data))
         return self.grids[key]
 
     def _score(self, case: Case, detail: Detail) -> float:
@@ -520,9 +528,15 @@ def common_settings(
         "labels": {label.name: label.value for label in pool.labels},
         "training": {name: value for name, value in asdict(config).items() if name not in own},
         "learning rates": learning_rates(config, modes, channels),
+        "steps": steps_of(config, modes),
         "models": {model: values_hash(backbone) for model, backbone in loaded.items()},
     }
     return json.loads(json.dumps(settings))
+
+
+def steps_of(config: FinetuneConfig, modes: Iterable[str]) -> dict[str, int]:
+    """What a training of every mode takes."""
+    return {mode: config.steps * LONGER[mode] for mode in modes}
 
 
 def learning_rates(config: FinetuneConfig, modes: Sequence[str], channels: Mapping[str, int]) -> dict[str, float]:

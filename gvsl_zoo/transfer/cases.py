@@ -24,15 +24,16 @@ import numpy as np
 import torch
 
 from ..cache import sha256_of
-from ..errors import ArgumentError, VolumeError, listed
-from ..film import read_film
+from ..errors import ArgumentError, listed
+from ..film import read_labels
 from ..registry import TRAINED_HEADS, Label
-from ..volume import Volume, dicom_files, read_volume
+from ..volume import DICOM_SUFFIXES, dicom_files
 
 ENDINGS = (".nii.gz", ".nii", ".png")
 SPLITS = ("train", "val", "test")
 CHANNEL = re.compile(r"(.+)_(\d{4})")  # nnU-Net: NAME_0000.nii.gz is channel 0 of the case NAME
 SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")  # BIDS: what begins so is one subject's
+MOST_LABEL = 2**16 - 1  # that a label map of `segment` holds
 GOLDEN_SECTION = (5**0.5 - 1) / 2
 LAYOUTS = "give an nnU-Net folder, a folder with images/ and labels/, or a CSV file"
 
@@ -283,8 +284,8 @@ def named_files(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
 
 
 def without_ending(name: str) -> tuple[str, str]:
-    """A file's name and its ending, one of ENDINGS or nothing."""
-    ending = next((ending for ending in ENDINGS if name.lower().endswith(ending)), "")
+    """A file's name and its ending, one of ENDINGS, that of a DICOM file, or nothing."""
+    ending = next((ending for ending in (*ENDINGS, *DICOM_SUFFIXES) if name.lower().endswith(ending)), "")
     return name[: len(name) - len(ending)], ending
 
 
@@ -355,20 +356,6 @@ def _check_cases(cases: list[Case], where: Path) -> None:
 # --- Labels ---------------------------------------------------------------------------------------------------------
 
 
-def read_labels(path: Path) -> Volume:
-    """A label file: whole numbers from 0 on; a film is a volume of one slice.
-
-    Errors: VolumeError for a file that cannot be read, or holds something else.
-    """
-    volume = read_film(path) if path.suffix.lower() == ".png" else read_volume(path)
-    data = volume.data
-    if data.dtype.kind == "f" and (data != np.round(data)).any():
-        raise VolumeError(f"{str(path)!r} holds fractions, not labels", "give a whole number a voxel")
-    if data.dtype.kind != "u" and data.min() < 0:
-        raise VolumeError(f"{str(path)!r} holds the label {data.min():g}", "give labels from 0 on")
-    return volume
-
-
 def _values(cases: list[Case]) -> list[int]:
     """Every value in the label files."""
     found: set[int] = set()
@@ -383,6 +370,8 @@ def _labels(named: dict[str, int], task: str) -> tuple[Label, ...]:
     values = list(named.values())
     if any(type(value) is not int or value < 0 for value in values) or len(set(values)) < len(values):
         raise ArgumentError(f"labels {named}", "give each name a value of its own, a whole number from 0 on")
+    if task == "segmentation" and max(values, default=0) > MOST_LABEL:
+        raise ArgumentError(f"a label of value {max(values)}", f"renumber the labels: from 0 to {MOST_LABEL}")
     if task == "segmentation" and 0 not in values:
         named = {"background": 0} | named
     if task == "segmentation" and len(named) < 2:

@@ -73,9 +73,9 @@ def scans_at(path: Path, *, films: bool) -> Scans:
         chosen = [case for case in cases if case.split == "test"] or list(cases)
         return {case.name: case.images for case in chosen}
     if not path.is_dir() or (dicom_files(path) and not films):
-        return {_name(path): (path,)}
+        return {without_ending(path.name)[0]: (path,)}
     files = [*named_files(path, ENDINGS).values(), *(dicom_files(path) if films else ())]
-    found: Scans = {_name(file): (file,) for file in files}
+    found: Scans = {without_ending(file.name)[0]: (file,) for file in files}
     if len(found) < len(files):
         raise ArgumentError(f"{str(path)!r} holds two files of one name", "list them in a CSV with a column case")
     if not found:
@@ -123,9 +123,3 @@ class _Classifier:
             image = middle_box(image, self.edges)
         logits = evaluate(self.ready, image[None].to(device_of(self.ready)))[0]
         return {label.name: p for label, p in zip(self.labels, logits.double().softmax(0).tolist(), strict=True)}
-
-
-def _name(path: Path) -> str:
-    """The case that a file is, as `read_cases` calls it, and of a DICOM file without .dcm."""
-    name, ending = without_ending(path.name)
-    return name if ending or path.is_dir() or path.suffix.lower() != ".dcm" else path.stem

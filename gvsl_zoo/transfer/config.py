@@ -13,7 +13,7 @@ Task = Literal["segmentation", "classification"]
 Mode = Literal["full", "linear"]
 Unit = Literal["HU", "arbitrary", "grey"]
 CROP = {3: 64, 2: 256}  # voxels an axis, by the number of axes
-LINEAR_RATE = 0.1  # of a head on frozen features
+LINEAR_RATE = 0.3  # of a head on frozen features
 FULL_RATE, SCRATCH_RATE = 5e-3, 1e-2  # of a whole network whose deepest level has as many channels as this:
 CHANNELS = 128
 
@@ -34,7 +34,7 @@ class FinetuneConfig(RunConfig):
     subjects: how many to train on; default all that are not held out.
     validation: share of the subjects held out, on which the best weights are chosen; 0: the last ones are kept.
     save_every: steps between checkpoints, each with a validation.
-    learning_rate: peak, of the head; linear warm-up, cosine to zero. Default 0.1 in mode linear; else 5e-3, from
+    learning_rate: peak, of the head; linear warm-up, cosine to zero. Default 0.3 in mode linear; else 5e-3, from
         scratch 1e-2, for a backbone of 128 channels in its deepest level, and the less the more it has (`peak_rate`).
     head_steps: steps first in which the head learns alone, ten times as fast: one that knows nothing would spoil the
         pre-trained weights (Kumar et al. 2022); default a quarter; never from scratch.

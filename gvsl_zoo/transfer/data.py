@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import ArgumentError, TrainingError, VolumeError, listed
-from ..film import FilmPreprocessing, flattened, prepare_scan, read_film
+from ..film import FilmPreprocessing, flattened, on_film, prepare_scan, read_labels
 from ..pretrain.augment import apply_pose, sample_pose
 from ..pretrain.data import seeded
-from ..registry import Input, Intensity, Label
-from ..volume import InputWarning, Prepared, Preprocessing, Volume, check_grid, read_volume
+from ..registry import Input, Label
+from ..volume import InputWarning, Prepared, Volume, check_grid
 from ..zoo import preprocessing
-from .cases import Case, read_labels
+from .cases import Case
 from .config import FinetuneConfig
 
 MEMORY_BYTES = 4 * 2**30  # of prepared scans; those beyond lie in files without a name, which end with the process
@@ -35,7 +35,6 @@ PLACES = 10_000  # voxels of a class and case that patches are centred on; Isens
 MARGIN = 0.25  # of a crop, beyond each of its faces: what turning and scaling bring in
 # Changes of appearance, our choice; all are scaled by the strength of the augmentation
 GAIN, SHIFT, GAMMA, NOISE = 0.15, 0.05, 0.25, 0.02  # relative; of the intensity range; log; SD
-MASK = Intensity("arbitrary", (0.0, 1.0), (0.0, 1.0))  # 0 and 1 stay what they are
 Cache = dict[Any, "Example"]  # what earlier runs prepared
 
 
@@ -119,14 +118,16 @@ def _mapped(x: Tensor, folder: Path) -> Tensor:
 
 
 def _prepare(case: Case, labels: tuple[Label, ...], given: Input, complete: bool) -> Example:
-    image, sources, doubts = _channels(case, given)
+    channels, doubts = _channels(case, given)
+    recipe, scan = preprocessing(given), channels[0]
+    image = flattened(torch.cat([channel.image[0] for channel in channels]), recipe)
     if not isinstance(case.label, Path):
         index = next((i for i, label in enumerate(labels) if label.value == case.label), None)
         if index is None:
             raise ArgumentError(f"case {case.name!r} has the class {case.label}", "give it one of the labels")
         return Example(case.name, image, torch.tensor(index), {}, doubts)
-    classes = _classes(case, sources, labels, complete)
-    target = torch.from_numpy(_on_grid(classes, given, tuple(image.shape[1:])))
+    classes = _classes(case, scan.source, labels, complete, film=isinstance(recipe, FilmPreprocessing))
+    target = flattened(torch.from_numpy(scan.bring_labels(classes, len(labels))), recipe)
     places = {}
     for k in sorted(set(target.unique().tolist()) - {0}):
         found = (target == k).nonzero().int()
@@ -134,33 +135,25 @@ def _prepare(case: Case, labels: tuple[Label, ...], given: Input, complete: bool
     return Example(case.name, image, target, places, doubts)
 
 
-def _channels(case: Case, given: Input) -> tuple[Tensor, list[Volume], tuple[str, ...]]:
-    """The channels of a scan on the model's grid, (C, *shape), as they were read, and doubts about them."""
-    recipe = preprocessing(given)
-    channels = [_prepared(path, recipe) for path in case.images]
-    sources = [channel.source for channel in channels]
-    for source in sources[1:]:
-        check_grid(source, "the channel", sources[0], "the scan")
-    doubts = tuple(itertools.chain.from_iterable(channel.warnings for channel in channels))
-    return flattened(torch.cat([channel.image[0] for channel in channels]), recipe), sources, doubts
-
-
-def _prepared(scan: Volume | Path, recipe: Preprocessing | FilmPreprocessing) -> Prepared:
-    """A volume or film, given or read, on the grid of a recipe; its doubts are not warned about one by one."""
+def _channels(case: Case, given: Input) -> tuple[list[Prepared], tuple[str, ...]]:
+    """The channels of a scan on the model's grid, and doubts about them, which are not warned about one by one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InputWarning)
-        if not isinstance(scan, Volume):  # a film's pixels count as 1 mm, as those of its label file do
-            scan = read_film(scan) if isinstance(recipe, FilmPreprocessing) else read_volume(scan)
-        return prepare_scan(scan, recipe)
+        channels = [prepare_scan(path, preprocessing(given)) for path in case.images]
+    for channel in channels[1:]:
+        check_grid(channel.source, "the channel", channels[0].source, "the scan")
+    return channels, tuple(itertools.chain.from_iterable(channel.warnings for channel in channels))
 
 
-def _classes(case: Case, sources: list[Volume], labels: tuple[Label, ...], complete: bool) -> Volume:
-    """The label file of a case with the values replaced by their places in `labels`."""
+def _classes(case: Case, scan: Volume, labels: tuple[Label, ...], complete: bool, *, film: bool) -> np.ndarray:
+    """The label file of a case with the values replaced by their places in `labels`, uint8."""
     path = case.label
     assert isinstance(path, Path)
     volume = read_labels(path)
-    check_grid(volume, "the label map", sources[0], "the scan")
-    classes = np.zeros(volume.shape, np.uint8)
+    if film:
+        on_film(volume, scan)  # its pixels are the film's, whatever their millimetres
+    else:
+        check_grid(volume, "the label map", scan, "the scan")
     known = [label.value for label in labels]
     values = [int(value) for value in np.unique(volume.data)]
     if complete and (odd := [str(value) for value in values if value not in known]):
@@ -169,22 +162,13 @@ def _classes(case: Case, sources: list[Volume], labels: tuple[Label, ...], compl
             + listed([f"{label.value} {label.name}" for label in labels]),
             "name them (--labels), or correct the file",
         )
-    for value in set(values) & set(known):
-        classes[volume.data == value] = known.index(value)
-    return replace(volume, data=classes)
-
-
-def _on_grid(classes: Volume, given: Input, shape: tuple[int, ...]) -> np.ndarray:
-    """The class with the largest share of every voxel of the model's grid, uint8; of equal shares the first."""
-    best = torch.zeros(shape)
-    target = np.zeros(shape, np.uint8)
-    recipe = preprocessing(replace(given, intensity=MASK))
-    for k in np.unique(classes.data):
-        mask = Volume((classes.data == k).astype(np.uint8), classes.affine)
-        share = flattened(_prepared(mask, recipe).image[0, 0], recipe)
-        target[(share > best).numpy()] = k
-        best = torch.maximum(best, share)
-    return target
+    place_of = np.zeros(max(known) + 2, np.uint8)  # the last is that of values without a name
+    place_of[known] = np.arange(len(known))
+    classes = np.empty(volume.shape, np.uint8)
+    for index in range(volume.shape[2]):
+        part = volume.data[:, :, index].astype(np.int64)
+        classes[:, :, index] = place_of[part.clip(max=len(place_of) - 1)]
+    return classes
 
 
 # --- What a step draws ----------------------------------------------------------------------------------------------

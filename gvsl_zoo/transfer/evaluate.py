@@ -21,13 +21,14 @@ import numpy as np
 import torch
 
 from ..errors import ArgumentError, GvslZooError, listed, needs
+from ..film import on_film, read_labels
 from ..inference.segment import comment_labels
 from ..ledger import check_unseen
 from ..report import classes_picture, scores_picture
 from ..volume import Volume, check_grid
 from ..weights import write_whole
 from ..zoo import load
-from .cases import ENDINGS, Case, Cases, named_files, read_cases, read_labels, without_ending
+from .cases import ENDINGS, Case, Cases, named_files, read_cases, without_ending
 from .statistics import Interval, auc_interval, mean_interval, proportion_interval, subject_means
 
 TOLERANCE_MM = 2.0  # of the surface Dice
@@ -134,7 +135,8 @@ def evaluate(
             it has any, otherwise all that have a label. Of a classification a CSV with the columns `case` and `label`
             and none `image`, or a data set.
         labels: values in label files by name: these are scored, and other values are background. Default: those that
-            the data set names, or those that the first prediction names in its header, or every value that occurs.
+            the data set names, or those that the first prediction names in its header, or every value that occurs. Of
+            a classification names of the numbers that the references have for classes.
         tolerance_mm: how far apart surfaces may lie that the surface Dice counts as the same.
         model: whose predictions these are, as `load` takes it. Its training saw none of the scans then, as far as its
             ledger knows; the scans are those of the data set, or those that `segment` noted beside its label maps.
@@ -148,7 +150,7 @@ def evaluate(
     if not 0 <= tolerance_mm < math.inf:
         raise ArgumentError(f"a tolerance of {tolerance_mm} mm", "give a length in millimetres")
     if task == "classification":
-        truth, scans = _true_classes(references)
+        truth, scans = _true_classes(references, labels)
         seen = _seen(model, scans, truth, allow_overlap)
         return replace(_evaluate_classes(Path(predictions), truth), seen=seen)
     files, known, scans, subjects = _reference_files(references, labels)
@@ -301,9 +303,10 @@ def _noted_scans(pairs: Mapping[str, tuple[Path, Path]]) -> Scans:
     for case, (prediction, _) in pairs.items():
         name, _ = without_ending(prediction.name)
         with suppress(OSError, ValueError, KeyError, TypeError):
-            scan = Path(json.loads(prediction.with_name(f"{name}.json").read_bytes())["input"])
-            if scan.exists():
-                scans[case] = (scan,)
+            noted = json.loads(prediction.with_name(f"{name}.json").read_bytes())
+            paths = tuple(map(Path, noted.get("channels") or [noted["input"]]))
+            if all(path.exists() for path in paths):
+                scans[case] = paths
     return scans
 
 
@@ -326,7 +329,7 @@ def _label_files(path: Path) -> dict[str, Path]:
     if path.is_dir():
         return named_files(path, ENDINGS)
     name, ending = without_ending(path.name)
-    return {name: path} if ending else {}
+    return {name: path} if ending in ENDINGS else {}
 
 
 def _pairs(predictions: Path, references: dict[str, Path]) -> tuple[dict[str, tuple[Path, Path]], tuple[str, ...]]:
@@ -350,6 +353,10 @@ def _pairs(predictions: Path, references: dict[str, Path]) -> tuple[dict[str, tu
 def _score_case(
     case: str, prediction: Volume, reference: Volume, known: Mapping[str, int], tolerance_mm: float
 ) -> list[Score]:
+    if (reference.path or Path()).suffix.lower() == ".png":  # which does not know its millimetres
+        reference = on_film(reference, prediction)
+    elif (prediction.path or Path()).suffix.lower() == ".png":
+        prediction = on_film(prediction, reference)
     check_grid(prediction, "the prediction", reference, "the reference")
     if not known:
         values = np.union1d(np.unique(prediction.data), np.unique(reference.data))
@@ -431,8 +438,14 @@ def summarise_classes(
     }
 
 
-def _true_classes(references: str | os.PathLike[str] | Cases) -> tuple[dict[str, str], Scans]:
-    """The true class by case, and the scans by case, as far as these are known."""
+def _true_classes(
+    references: str | os.PathLike[str] | Cases, labels: Mapping[str, int] | None
+) -> tuple[dict[str, str], Scans]:
+    """The true class by case, and the scans by case, as far as these are known.
+
+    Args:
+        labels: names of the numbers that a table has for classes.
+    """
     if not isinstance(references, Cases):
         path = Path(references)
         if path.is_file():
@@ -440,8 +453,9 @@ def _true_classes(references: str | os.PathLike[str] | Cases) -> tuple[dict[str,
             if {"case", "label"} <= set(header) and "image" not in header:  # which is a data set's
                 if lacking := [row["case"] for row in rows if not row["label"]]:
                     raise ArgumentError(f"{path}: {listed(lacking)} without a label", "name the true class of each")
-                return {row["case"]: row["label"] for row in rows}, {}
-        references = read_cases(path, task="classification")
+                given = {str(value): name for name, value in (labels or {}).items()}
+                return {row["case"]: given.get(row["label"], row["label"]) for row in rows}, {}
+        references = read_cases(path, task="classification", labels=labels)
     names = {label.value: label.name for label in references.labels}
     cases = _to_score(references, int)
     return {case.name: names[int(str(case.label))] for case in cases}, {case.name: case.images for case in cases}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, listed
 from ..inference.features import WINDOW
-from ..inference.sliding import evaluate, sliding_window
+from ..inference.sliding import evaluate, ready_copy, sliding_window
 from ..ledger import LeakageWarning, joined, ledger_of, seen
 from ..losses import dice_loss
 from ..models.backbone import Backbone
@@ -262,8 +262,8 @@ def frozen_features(
 
     Dense ones, (C, *shape) float32, for a segmentation; the pooled bottleneck of the middle box, (C,), otherwise.
     """
-    backbone, device = model.backbone, next(model.parameters()).device
-    report: Any = backbone.load_report
+    backbone, device = ready_copy(model.backbone), next(model.parameters()).device
+    report: Any = model.backbone.load_report
     weights = report.sha256 or (config.model, config.seed)
 
     def dense(example: Example) -> Tensor:

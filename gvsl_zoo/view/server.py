@@ -115,13 +115,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.NOT_FOUND, "no such question")
         elif self.headers.get_content_type() != "application/json":
             self._refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "ask in JSON")
-        elif not length.isdecimal() or int(length) > LONGEST_QUESTION:
+        elif not length.isdecimal() or len(length) > len(str(LONGEST_QUESTION)) or int(length) > LONGEST_QUESTION:
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"ask in at most {LONGEST_QUESTION} bytes")
         else:
             try:
                 found = self.server.pair.match(*_question(self.rfile.read(int(length))), self._awaited)
-            except ArgumentError as error:
-                self._refuse(HTTPStatus.BAD_REQUEST, str(error))
+            except GvslZooError as error:
+                wrong = HTTPStatus.BAD_REQUEST if isinstance(error, ArgumentError) else HTTPStatus.CONFLICT
+                self._refuse(wrong, str(error))
             else:
                 if found:
                     self._answer_json(HTTPStatus.OK, found)
