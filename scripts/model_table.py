@@ -56,7 +56,8 @@ def gain_of(row: dict[str, Any]) -> str:
 
 def transfer_table(task: str) -> str:
     """Dice from scratch and from zoo weights, and the gain with half of its interval, bold where it is sure."""
-    comparisons = json.loads((ROOT / f"benchmarks/results/transfer_{task}.json").read_text())["comparisons"]
+    result = json.loads((ROOT / f"benchmarks/results/transfer_{task}.json").read_text())
+    comparisons = result["comparisons"]
     counts = sorted({c["count"] for c in comparisons})
     rows = [
         f"| Dice, % | {' | '.join(f'{n} scan' + 's' * (n > 1) for n in counts)} |",
@@ -74,14 +75,23 @@ def transfer_table(task: str) -> str:
             ("gain", bold),
         ):
             rows += [f"| {what}, {name} | " + " | ".join(values) + " |"] if cells else []
-    return "\n".join(rows)
+    return "\n".join([*rows, "", trained_for(result["settings"])])
+
+
+def trained_for(settings: dict[str, Any]) -> str:
+    """How long the trainings of a bench took, in steps, and how fast a head alone learnt."""
+    steps = settings.get("steps", {"linear": settings["training"]["steps"]})
+    [rate] = {rate for name, rate in settings["learning rates"].items() if name.endswith("linear")}
+    whole = f"Whole network: {steps['full']} steps; head" if "full" in steps else "Head"
+    return f"{whole} alone: {steps['linear']} steps at a rate of {rate:g}."
 
 
 def together_table(runs: str) -> str:
     """Dice over three pre-training seeds of one recipe, and the gain +- half of its interval, bold where it is sure."""
     columns: dict[tuple[str, int], dict[str, str]] = {}
     for task, scene in (("ct_lungs", "lungs"), ("hippocampus", "hippocampus")):
-        for row in json.loads((ROOT / f"benchmarks/results/transfer_{task}_{runs}.json").read_text())["together"]:
+        result = json.loads((ROOT / f"benchmarks/results/transfer_{task}_{runs}.json").read_text())
+        for row in result["together"]:
             what = {"full": "whole network", "linear": "head alone"}[row["mode"]]
             sure = "**" if row["effect"] in ("helps", "hurts") else ""
             cells = columns.setdefault((scene, row["count"]), {})
@@ -91,7 +101,7 @@ def together_table(runs: str) -> str:
     lines = [["", *(f"{scene}, {count}" for scene, count in columns)], ["---"] * (1 + len(columns))]
     for name in dict.fromkeys(name for cells in reversed(columns.values()) for name in cells):
         lines.append([name, *(cells.get(name, "") for cells in columns.values())])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", trained_for(result["settings"])])
 
 
 def ablation_table() -> str:
