@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from .errors import WeightsError
 from .registry import ModelEntry
 from .weights import METADATA_KEY, WeightsFile, header_bytes, read_header, write_whole
 
+SHA256 = re.compile("[0-9a-f]{64}")
 CARD_KEY, ORIGINAL_KEY, RECORD_KEY = "gvsl_zoo_card", "gvsl_zoo_original", "gvsl_zoo_record"
 
 
@@ -75,7 +77,7 @@ def read(file: WeightsFile) -> Content:
         entry = json.loads(file.metadata[METADATA_KEY])
         original = file.metadata[ORIGINAL_KEY].encode()
         content = Content(str(entry["name"]), original, file.data, record)
-        if record is not None and (type(record["sha256"]), record["safetensors"]) != (str, content.sha256):
+        if record is not None and not (SHA256.fullmatch(record["sha256"]) and record["safetensors"] == content.sha256):
             raise ValueError("a record of another file")
         return content
     except (KeyError, ValueError, TypeError, RecursionError):

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from .errors import WeightsError, listed
+from .errors import WeightsError, listed, short
 from .weights import MAX_AXES, SAVE_AGAIN, looks_like
 
 MAX_PICKLE_BYTES = 8 * 2**20  # data.pkl of XMorpher with Adam's state has 230 kB
@@ -56,11 +56,6 @@ GLOBALS = {
     *map(str, STORAGES.values()),
 }
 DOWNLOAD_AGAIN = "the file is damaged or no checkpoint of PyTorch: get it again from its source"
-
-
-def short(key: object) -> str:
-    """A key of the file, fit for any terminal."""
-    return ascii(key if isinstance(key, str) else str(key))[1:-1][:80]
 
 
 # --- The archive -------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .cache import sha256_of
-from .checkpoint import DOWNLOAD_AGAIN, Claim, outline, read_archive, read_tensors, short
-from .errors import SourceError, WeightsError, listed
+from .checkpoint import DOWNLOAD_AGAIN, Claim, outline, read_archive, read_tensors
+from .errors import SourceError, WeightsError, listed, short
 from .models.gemini import GEMINI
 from .models.gvsl import GVSL
 from .models.unet import UNet
@@ -112,7 +112,7 @@ def convert(
         names, shared = _canonical(state)
         claims = {ours: state[theirs] for ours, theirs in names.items()}
         content = _recognise(claims)
-        entry = _checked_entry(entry, content) if entry else _generic_entry(source, content)
+        entry = checked_entry(entry, content) if entry else _generic_entry(source, content)
         tensors = read_tensors(source, wrapper, names, claims)
         source_sha256 = sha256_of(source)
     layout = ([short(wrapper)] if wrapper else []) + [f"{prefix}." for prefix in PREFIXES if _has_part(state, prefix)]
@@ -318,8 +318,8 @@ def _with_biases(weights: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, 
 # --- Its description -------------------------------------------------------------------------------------------------
 
 
-def _checked_entry(entry: ModelEntry, content: _Content) -> ModelEntry:
-    """The registry's entry with what was found in the file."""
+def checked_entry(entry: ModelEntry, content: _Content | ModelEntry) -> ModelEntry:
+    """The registry's entry with what was found in a file; WeightsError, without its name, for one of another model."""
     if entry.status == "planned":
         raise WeightsError(f"cannot be {entry.name}, of which no weights exist", "convert it without a name")
     told = (entry.architecture, entry.ndim, entry.config.get("width", 32) if entry.architecture == "unet" else None)

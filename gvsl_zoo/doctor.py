@@ -221,9 +221,13 @@ def _registry() -> Check:
 
 def _cache(cache_dir: cache.CacheDir) -> Iterator[Check]:
     own, theirs = cache.own_folder(cache_dir), cache.hub_folder(cache_dir)
-    left = [*own.glob("*/.*.partial"), *own.glob("*/*/.*.partial"), *theirs.glob("*/blobs/*.incomplete")]
-    if left:
+    try:
+        left = [*own.glob("*/.*.partial"), *own.glob("*/*/.*.partial"), *theirs.glob("*/blobs/*.incomplete")]
         size = sum(path.stat().st_size for path in left) / 1e6
+    except OSError as error:
+        yield Check("cache", "FAIL", f"{error.filename}: {error.strerror}", "check its permissions, or set HF_HOME")
+        return
+    if left:
         yield Check("leftovers", "WARN", f"{len(left)} partial files, {size:.1f} MB", "the next download sweeps them")
     try:
         with cache.locked(own):

@@ -14,6 +14,11 @@ def listed(names: Sequence[str], separator: str = ", ") -> str:
     return separator.join(names[:MAX_LISTED]) + more
 
 
+def short(key: object, length: int = 80) -> str:
+    """What a file says, fit for any terminal."""
+    return ascii(key if isinstance(key, str) else str(key))[1:-1][:length]
+
+
 class GvslZooError(Exception):
     """Base of every error that the package raises on purpose.
 

@@ -25,6 +25,7 @@ from .download import Meter, Transient
 from .errors import ArgumentError, GvslZooError, SourceError, WeightsError
 
 PREFIX = "hf-hub:"
+LONGEST_REPO = 96  # characters that the Hub takes
 WHERE = "the Hub"
 DEFAULT_ENDPOINT = "https://huggingface.co"
 CLIENT: dict[str, Any] = {"library_name": "gvsl-zoo", "library_version": __version__}
@@ -73,6 +74,8 @@ def parse_name(name: str, file: str, revision: str | None = None) -> HubFile:
     repo, _, own = name.removeprefix(PREFIX).partition("@")
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*", repo) or ".." in repo:
         raise ArgumentError(f"{name!r} names no repository", "write hf-hub:org/repo or hf-hub:org/repo@revision")
+    if "--" in repo or repo.endswith((".git", ".", "-")) or len(repo) > LONGEST_REPO:
+        raise ArgumentError(f"{repo!r} is no name that the Hub has", "it has no --, .git, . or - at its end")
     if own and revision and own != revision:
         raise ArgumentError(f"{name!r} with revision={revision!r}", "give the revision once")
     wanted = own or revision or "main"

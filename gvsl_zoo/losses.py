@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .errors import ArgumentError
 from .spatial import full_precision, warp
@@ -94,10 +93,11 @@ class _LocalCorrelation(torch.autograd.Function):
         return cc
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
+            raise ArgumentError("a second derivative of the local correlation", "it has the first alone")
         a, b, local_a, local_b, slope, pull_a, pull_b = ctx.saved_tensors
-        with full_precision(grad):
+        with torch.no_grad(), full_precision(grad):
             cross = 2 * grad * slope
             spread = _banded(cross, ctx.bands)
             own, other = (a, local_a, pull_a), (b, local_b, pull_b)

@@ -171,11 +171,11 @@ def prove(
 def check(model: nn.Module, proof: Proof, *, bf16: bool = False) -> dict[str, float]:
     """The largest difference of each output ("local of odd") from the proof, in SDs; infinite where it is missing.
 
-    The model computes on its own device, in float32 without TF32, or in bfloat16 (autocast).
+    A copy computes, in evaluation mode, on the model's own device, in float32 without TF32, or in bfloat16 (autocast).
     """
     if proof.input != FORMULA:
         raise WeightsError(f"a proof by the formula {proof.input!r}, which this version lacks", "upgrade gvsl-zoo")
-    return errors(proof.digests, _digests(model, proof.spacing_mm, bf16=bf16))
+    return errors(proof.digests, _digests(copy.deepcopy(model).float().eval(), proof.spacing_mm, bf16=bf16))
 
 
 def errors(proved: tuple[Digest, ...], seen: tuple[Digest, ...]) -> dict[str, float]:

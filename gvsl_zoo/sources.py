@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 from . import bundle, cache, hub
 from .card import model_card
-from .conversion import convert
+from .conversion import checked_entry, convert
 from .download import SPARE_BYTES
 from .errors import ArgumentError, GvslZooError, SourceError, WeightsError
-from .registry import ModelEntry, Source, mirrors, model_info
+from .registry import ModelEntry, Source, list_models, mirrors, model_info
 from .weights import WEIGHTS_NAME, WeightsFile, check_content, open_weights, write_whole
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -146,7 +146,7 @@ def _instead(entry: ModelEntry) -> str:
 
 def _on_disk(path: Path, sha256: str) -> Found:
     if not path.is_file():
-        remedy = "bring it back; of weights/, which comes with a clone: gvsl-zoo export there, gvsl-zoo import here"
+        remedy = f"bring it back, or from a clone of gvsl-zoo: gvsl-zoo import weights/{path.name}"
         raise NotHere(f"there is no file {path}", remedy)
     return _checked(path, sha256)
 
@@ -327,12 +327,18 @@ def adopt(entry: ModelEntry, path: Path, access: Access = ANYWHERE) -> Found:
 def import_bundle(path: Path, cache_dir: cache.CacheDir = None, name: str | None = None) -> tuple[str, Found]:
     """Put the weights of a bundle into our cache, where `load` finds them under their registry name.
 
+    Any other weights file will do if the registry knows its hash.
+
     Args:
         name: the model that it must be; default the one that the bundle names.
 
     Returns: the name, and the stored file.
     Raises: RegistryError for a name that the registry lacks, WeightsError for other bytes than the registry's.
     """
+    found = _checked(path, None)
+    known = [model for model in list_models() if name in (None, model) and found.sha256 in _pinned(model_info(model))]
+    if known:
+        return known[0], _store(found.sha256, [path.read_bytes()], cache_dir)
     _, content, entry = _vouched(path, name)
     return entry.name, _keep(content, entry, cache_dir)
 
@@ -348,7 +354,15 @@ def _vouched(path: Path, name: str | None) -> tuple[Found, bundle.Content, Model
     if content.sha256 not in pinned and (pinned or content.record is None or entry.status != "upstream"):
         cause = f"{path} holds sha256 {content.sha256}; {entry.name} is {_expected(pinned)}"
         raise WeightsError(cause, "export it again")
-    return found._replace(file=bundle.original_in(found.file, content)), content, entry
+    original = bundle.original_in(found.file, content)
+    if content.sha256 not in pinned:
+        from .zoo import entry_of  # late: it imports this module
+
+        try:
+            checked_entry(entry, entry_of(original))
+        except WeightsError as error:
+            raise WeightsError(f"what {path} holds as {entry.name} {error.cause}", "ask where it comes from") from None
+    return found._replace(file=original), content, entry
 
 
 def _keep(content: bundle.Content, entry: ModelEntry, cache_dir: cache.CacheDir) -> Found:
@@ -381,6 +395,8 @@ def export_bundle(name: str, output: Path, access: Access = ANYWHERE, *, overwri
     if not path.parent.is_dir():
         raise WeightsError(f"the folder {path.parent} does not exist", "make it first")
     file, _ = locate(entry, access)
+    if path.exists() and path.samefile(file.path):
+        raise WeightsError(f"{path} is the file that is to be exported", "choose another place")
     record = _record(cache.upstream_folder(name, access.cache_dir)) if entry.status == "upstream" else None
     try:
         bundle.write(path, file, entry.portable(), model_card(entry), record)

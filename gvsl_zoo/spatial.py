@@ -104,7 +104,9 @@ def exact(*operations: Any) -> Iterator[None]:
         yield
     finally:
         for operation, precision in lowered:
-            operation.fp32_precision = precision
+            operation.fp32_precision = "none"  # which is that of the process
+            if operation.fp32_precision != precision:
+                operation.fp32_precision = precision
 
 
 @contextmanager

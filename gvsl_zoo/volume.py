@@ -255,6 +255,21 @@ def checked_affine(affine: np.ndarray, refusal: type[GvslZooError] = VolumeError
     return affine
 
 
+def laid_on(volume: Volume, role: str, other: Volume, other_role: str) -> Volume:
+    """A mask or label map, its axes turned and swapped to be those of another volume: NIfTI and DICOM order them apart.
+
+    Errors: those of `check_grid`, where it does not lie voxel on voxel then.
+    """
+    own, wanted = (nib.orientations.io_orientation(one.affine) for one in (volume, other))
+    turn = nib.orientations.ornt_transform(own, wanted)
+    if (own != wanted).any() and volume.data.ndim == 3:
+        data = nib.orientations.apply_orientation(volume.data, turn)
+        affine = volume.affine @ nib.orientations.inv_ornt_aff(turn, volume.shape)
+        volume = replace(volume, data=data, affine=affine)
+    check_grid(volume, role, other, other_role)
+    return volume
+
+
 def check_grid(volume: Volume, role: str, other: Volume, other_role: str) -> None:
     """VolumeError, which names both by role and file, unless two volumes lie voxel on voxel, up to a tenth of one."""
     a, b = (f"{role} {one.path.name!r}" if one.path else role for one, role in ((volume, role), (other, other_role)))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache import own_folder
-from .errors import WeightsError, listed
+from .errors import WeightsError, listed, short
 
 MAX_HEADER_BYTES = 4 * 2**20  # 400 tensors and a model's entry take 60 kB
 FRESH_SECONDS = 60.0
@@ -251,8 +251,9 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> Non
         elif tensors[name].dtype == torch.float64 and not tensors[name].float().isfinite().all():
             wrong.append(f"{name} holds numbers beyond float32")
     if wrong:
+        told = [short(text, 200) for text in sorted(wrong)]
         raise WeightsError(
-            f"{origin} does not fit {type(module).__name__}: {listed(sorted(wrong), '; ')}",
+            f"{origin} does not fit {type(module).__name__}: {listed(told, '; ')}",
             "the weights belong to another architecture, width or task",
         )
     module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)

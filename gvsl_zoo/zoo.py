@@ -46,6 +46,7 @@ WHOLE_MODULE = "unet."  # prefix of the backbone's tensors in a file that holds 
 WHOLE_OBJECTIVES = ("gvsl", "gemini")  # whose heads this version has
 BESIDE_HEAD = "backbone."  # the same in a file that holds a trained head
 PARAMETER_DTYPES = [dtype for dtype in DTYPES.values() if dtype.is_floating_point]
+LONGEST_ENTRY = 100_000  # characters, without the scans of its ledger
 NEWER = "upgrade gvsl-zoo if a newer version wrote the file"
 
 
@@ -156,7 +157,8 @@ def load(  # type: ignore[misc]  # the settings of the overloads are these
     if frozen:
         _backbone(model).freeze()
     model.eval()
-    if device.type != "cpu" or dtype not in (None, torch.float32):
+    dtype = dtype or torch.float32
+    if any(p.device != device or p.dtype != dtype for p in model.parameters()):  # also by PyTorch's global defaults
         model.to(device=device, dtype=dtype)
     return _dress(model, entry, report)
 
@@ -263,6 +265,9 @@ def _parse_entry(text: str, path: Path) -> ModelEntry:
         data = json.loads(text)
     except (ValueError, RecursionError):
         raise WeightsError(f"{path} has an unreadable entry", "save it again with gvsl_zoo.save_pretrained") from None
+    scans = (data.get("ledger") or {}).get("scans") if isinstance(data, dict) else None
+    if len(text) - len(json.dumps(scans)) > LONGEST_ENTRY:
+        raise WeightsError(f"{path} has an entry of {len(text)} characters", "save it again with save_pretrained")
     try:
         return ModelEntry.from_dict(data, path)
     except RegistryError as error:
@@ -510,7 +515,7 @@ def _check_tensors(model: nn.Module, entry: ModelEntry) -> None:
 
 def _check_folder(folder: Path) -> None:
     """Refuse to replace what no earlier save has written."""
-    names = ("README.md", "LICENSE", "config.json", "preprocessor_config.json")
+    names = ("README.md", "LICENSE", "config.json", "preprocessor_config.json", WEIGHTS_NAME)
     try:
         ours = json.loads((folder / "config.json").read_bytes())["library_name"] == LIBRARY
     except (OSError, ValueError, TypeError, KeyError, RecursionError):

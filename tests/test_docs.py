@@ -164,7 +164,8 @@ def test_every_block_of_the_page_on_finetuning_runs_in_order(tmp_path, monkeypat
     names, blocks = run_blocks("finetune.md", monkeypatch)
     assert list(names["probabilities"]) == ["healthy", "ill"]
     assert json.loads(Path("film-scores/summary.json").read_text())["cases"] == 2
-    assert blocks == 8 and [label.name for label in names["net"].entry.labels] == list(organs)
+    assert set(np.unique(read_volume("from-one.nii.gz").data)) <= set(organs.values())
+    assert blocks == 9 and [label.name for label in names["net"].entry.labels] == list(organs)
     summary = json.loads(Path("scores/summary.json").read_text())
     assert summary["cases"] == 1 and set(summary["labels"]) == {"liver", "spine"}
     assert json.loads(Path("verdict/results.json").read_text())["verdicts"]

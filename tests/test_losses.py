@@ -391,3 +391,11 @@ def test_one_voxel_is_smooth():
     x = torch.ones(1, 3, 1, 1, 1, requires_grad=True)
     smoothness_loss(x).backward()
     assert smoothness_loss(x) == 0 and not x.grad.any()
+
+
+def test_the_local_correlation_refuses_a_second_derivative_and_is_not_silently_wrong(generator):
+    a, b = torch.rand(2, 1, 1, 12, 12, generator=generator)
+    a.requires_grad_()
+    with pytest.raises(ArgumentError, match="second derivative of the local correlation"):
+        torch.autograd.grad(local_ncc_loss(a, b), a, create_graph=True)
+    assert torch.autograd.grad(local_ncc_loss(a, b), a)[0].abs().max() > 0

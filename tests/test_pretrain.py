@@ -259,6 +259,42 @@ def test_a_run_interrupted_while_saving_keeps_the_checkpoint_before(tmp_path, mo
     assert same(train(tmp_path, 6, ema=0.9).state_dict(), uninterrupted[0])
 
 
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_run_killed_behind_a_checkpoint_brings_its_model_where_load_looks(tmp_path, monkeypatch, step):
+    def killed(run, path):
+        if path.parent.name == f"{step:08d}":
+            raise KeyboardInterrupt("power cut")
+        return publish(run, path)
+
+    publish = Run._publish
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_publish", killed)
+        with pytest.raises(KeyboardInterrupt, match="power cut"):
+            train(tmp_path, step, ema=0.9)
+    found = train(tmp_path, step, ema=0.9)
+    assert same(load(tmp_path, task="pretraining").state_dict(), found.state_dict())
+
+
+def test_a_run_leaves_the_callers_generator_as_it_was(tmp_path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train(tmp_path, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_pair_is_the_same_in_any_number_of_threads():
+    config, before, drawn = settings(crop=(40, 52, 36)), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            drawn.append([Pairs(config, None, 1)[number] for number in range(3)])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*drawn, strict=True):
+        assert torch.equal(one.fixed, other.fixed) and torch.equal(one.moving, other.moving)
+
+
 @pytest.mark.parametrize("damage", ["flipped", "short", "no state", "no model"])
 def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, uninterrupted, damage):  # T4
     train(tmp_path, 6, ema=0.9)

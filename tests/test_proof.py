@@ -463,3 +463,9 @@ def test_a_channels_last_model_gets_the_proof_of_its_file(tmp_path):
 def save_and_load(model, path):
     model.save_pretrained(path)
     return load(path)
+
+
+def test_a_proof_is_that_of_the_model_in_evaluation_mode():
+    model = load("gvsl-xmorpher-ct-nano", task="pretraining").train()
+    assert max(check(model, model.entry.proof).values()) < model.entry.proof.tolerance
+    assert model.training

@@ -629,3 +629,21 @@ def test_a_wrong_call_is_one_line(
     monkeypatch.chdir(scans)
     found, _, error = run("-i", "a.nii.gz", "--device", "cpu", *arguments)
     assert found == code and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "comment",
+    [
+        "[" * 100_000,
+        json.dumps({"labels": [{"name": "a", "value": 1, "colour": [999, "a"]}]}),
+        json.dumps({"labels": [{"name": "a", "value": 1, "colour": [999, 0, 0]}]}),
+    ],
+)
+def test_a_header_that_tells_no_labels_tells_none(comment):
+    assert comment_labels(Volume(np.zeros((2, 2, 2)), np.eye(4), comment=comment)) == ()
+
+
+def test_a_name_from_a_header_is_fit_for_a_terminal():
+    comment = json.dumps({"labels": [{"name": "\x1b]0;x\x07foie\n#" + "é" * 999, "value": 1, "colour": None}]})
+    [label] = comment_labels(Volume(np.zeros((2, 2, 2)), np.eye(4), comment=comment))
+    assert label.name.startswith("]0;xfoie#é") and len(label.name) == 200

@@ -347,6 +347,25 @@ def test_a_bundle_is_replaced_when_asked_to(tmp_path):
     assert export_bundle(NANO, tmp_path, overwrite=True) == path and load(path).entry.name == NANO
 
 
+def test_a_file_is_not_exported_over_itself(tmp_path):
+    path = tmp_path / "mine.safetensors"
+    safetensors.torch.save_file(narrow(), path)
+    before = path.read_bytes()
+    place = Source("file", path=str(path), sha256=sha256_of(before))
+    add("mine", place, heads=(), config={"ndim": 3, "width": 8}, parameters=1_472_952)
+    with pytest.raises(WeightsError, match=r"is the file that is to be exported; choose another place"):
+        export_bundle("mine", tmp_path, overwrite=True)
+    assert path.read_bytes() == before
+
+
+def test_any_file_whose_hash_the_registry_knows_can_be_imported(without_embedded, tmp_path):
+    plain = tmp_path / "as-it-lies-in-a-clone.safetensors"
+    shutil.copy(NANO_FILE, plain)
+    with pytest.raises(SourceError):
+        load(NANO, local_files_only=True)
+    assert import_bundle(plain)[0] == NANO and load(NANO, local_files_only=True).entry.name == NANO
+
+
 def test_a_model_that_cannot_be_had_is_not_exported(without_embedded, tmp_path):
     with pytest.raises(SourceError, match=r"there is no file"):
         export_bundle(NANO, tmp_path)
@@ -419,7 +438,7 @@ def other_header(path):
         ),
         (cut, WeightsError, "has [0-9]+ bytes, its header tells of"),
         (lambda path: os.truncate(path, 0), WeightsError, "is not a weights file"),
-        (lambda path: shutil.copy(NANO_FILE, path), WeightsError, "is no bundle"),
+        (lambda path: safetensors.torch.save_file(narrow(), path), WeightsError, "is no bundle"),
         (
             lambda path: path.write_bytes(b"PK\x03\x04" + b"x" * 99),
             WeightsError,
@@ -491,6 +510,22 @@ def test_a_bundle_of_the_authors_checkpoint_brings_it_with_its_record(upstream_b
     model = load("theirs", local_files_only=True)
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
     assert stored() == ["upstream/theirs/model.safetensors", "upstream/theirs/record.json"]
+
+
+def test_another_model_does_not_pass_for_the_authors(tmp_path, monkeypatch):
+    (tmp_path / "mirror").mkdir()
+    forged, file = tmp_path / "mirror" / "gvsl-unet-ct.safetensors", open_weights(NANO_FILE)
+    record = {"sha256": "0" * 64, "safetensors": sha256_of(NANO_FILE.read_bytes()), "first_seen": "yesterday"}
+    bundle.write(forged, file, model_info("gvsl-unet-ct"), "card", record)
+    with pytest.raises(WeightsError, match=r"holds as gvsl-unet-ct has width 8, gvsl-unet-ct has 32; ask"):
+        import_bundle(forged)
+    monkeypatch.setenv("GVSL_ZOO_REGISTRY", str(tmp_path / "mirror"))
+    with pytest.raises((SourceError, WeightsError)):
+        load("gvsl-unet-ct", local_files_only=True)
+    assert stored() == []
+    bundle.write(forged, file, model_info("gvsl-unet-ct"), "card", record | {"sha256": "no hash"})
+    with pytest.raises(WeightsError, match="is no bundle"):
+        import_bundle(forged)
 
 
 def test_what_a_mirror_brought_once_is_not_brought_again(upstream_bundle, tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from gvsl_zoo.volume import (
     Prepared,
     Preprocessing,
     Volume,
+    laid_on,
     prepare,
     read_volume,
     write_volume,
@@ -167,6 +168,26 @@ def test_labels_are_brought_where_the_share_of_their_mask_is_the_largest(seed):
     clear = (ordered[0] - ordered[1] > 1e-5).numpy()
     np.testing.assert_array_equal(found[clear], torch.stack(shares).argmax(0).numpy()[clear])
     assert found.dtype == np.uint8 and clear.mean() > 0.5
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("signs", [(1, 1, 1), (-1, -1, 1), (1, -1, -1)])
+def test_a_label_map_is_laid_on_a_scan_of_other_axes_voxel_on_voxel(order, signs):
+    labels = np.random.default_rng(0).integers(0, 9, (4, 5, 6)).astype(np.uint8)
+    label_map = Volume(labels, turned_affine((0, 1, 2), (1, 1, 1)), comment="names")
+    axes = [[axis, sign] for axis, sign in zip(order, signs, strict=True)]
+    turned = nib.Nifti1Image(labels, label_map.affine).as_reoriented(
+        nib.orientations.ornt_transform(nib.orientations.io_orientation(label_map.affine), np.array(axes))
+    )
+    scan = Volume(np.zeros(turned.shape, np.int16), turned.affine)
+    found = laid_on(label_map, "the label map", scan, "the scan")
+    np.testing.assert_array_equal(found.data, np.asarray(turned.dataobj))
+    np.testing.assert_allclose(found.affine, turned.affine)
+    assert found.comment == "names"
+    with pytest.raises(VolumeError, match=r"the label map lies up to .* beside the scan; resample"):
+        laid_on(
+            replace(label_map, affine=label_map.affine + np.diag([0, 0, 0.5, 0])), "the label map", scan, "the scan"
+        )
 
 
 @pytest.mark.parametrize("factor", [2, 3])

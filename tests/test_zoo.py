@@ -957,3 +957,31 @@ def test_a_fraction_of_a_class_is_refused():
 def test_a_path_with_a_nul_is_refused():
     with pytest.raises(WeightsError, match="cannot be read"):
         load("bad\0name.safetensors")
+
+
+def test_weights_of_other_origin_are_not_replaced(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"theirs")
+    with pytest.raises(ArgumentError, match=r"holds files of other origin: model\.safetensors"):
+        save_pretrained(load(NANO), tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"theirs"
+
+
+def test_pytorchs_default_type_does_not_decide_that_of_a_model():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = load(NANO, task="segmentation", num_classes=2, pretrained=False)
+    finally:
+        torch.set_default_dtype(before)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_an_entry_that_would_take_minutes_to_read_is_refused(tmp_path):
+    path = save_pretrained(load(NANO), tmp_path / "a")
+    file = open_weights(path)
+    entry = json.loads(file.metadata[METADATA_KEY])
+    entry["config"]["x"] = [0] * 200_000
+    long = tmp_path / "long.safetensors"
+    write_weights({name: file.tensor(name) for name in file.slots}, long, {METADATA_KEY: json.dumps(entry)})
+    with pytest.raises(WeightsError, match=r"has an entry of \d+ characters; save it again"):
+        load(long)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +24,9 @@ class Commands(click.Group):
     """A group whose commands fail with one line instead of a traceback, unless --debug is given."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a file's name need not be UTF-8
+                stream.reconfigure(errors="surrogateescape")
         warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
         try:
             return super().invoke(ctx)

@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import ArgumentError
 from ..losses import local_correlation
 from ..transforms import Grid, warp_volume
-from ..volume import Volume, check_grid, prepare, read_volume
+from ..volume import Volume, laid_on, prepare, read_volume
 from .features import preprocessing_of
 from .refine import Progress
 from .register import REFINING_STEPS, register
@@ -48,8 +48,7 @@ def segment_by_atlas(
         raise ArgumentError("no atlas", "give a labelled scan")
     scan = volume if isinstance(volume, Volume) else read_volume(volume)
     pairs = [(of if isinstance(of, Volume) else read_volume(of), read_label_map(labels)) for of, labels in atlases]
-    for atlas, label_map in pairs:
-        check_grid(label_map, "the label map", atlas, "its scan")
+    pairs = [(atlas, laid_on(label_map, "the label map", atlas, "its scan")) for atlas, label_map in pairs]
     labels = named_labels([label_map for _, label_map in pairs])
     grid = Grid.of(scan)
     votes: list[tuple[np.ndarray, np.ndarray]] = []  # labels and trust

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, VolumeError
 from ..film import FilmPreprocessing, on_film, own_plane, prepare_scan, read_for
 from ..models.backbone import Backbone, pad_to_multiple
-from ..volume import MAX_BYTES, Prepared, Preprocessing, Volume, check_grid, prepare
+from ..volume import MAX_BYTES, Prepared, Preprocessing, Volume, laid_on, prepare
 from ..weights import write_whole
 from .sliding import Progress, Windows, device_of, evaluate, ready_copy, sliding_slabs
 
@@ -292,7 +292,7 @@ def mask_on_grid(
     if isinstance(recipe, FilmPreprocessing):
         mask = own_plane(on_film(mask, source))
     else:
-        check_grid(mask, "the mask", source, "the scan")
+        mask = laid_on(mask, "the mask", source, "the scan")
     data = (mask.data > 0).astype(np.uint8)
     if not data.any():
         raise VolumeError("the mask has no voxel above 0", "give another mask, or none for the whole body")

@@ -138,12 +138,26 @@ def label_comment(labels: Sequence[Label]) -> str:
 
 def comment_labels(volume: Volume) -> tuple[Label, ...]:
     """The labels that a map says of itself in its header; none where it says nothing."""
-    with suppress(ValueError, TypeError, KeyError):
+    with suppress(ValueError, TypeError, KeyError, RecursionError):
         return tuple(
-            Label(str(label["name"]), int(label["value"]), tuple(label["colour"]) if label["colour"] else None)
+            Label(
+                "".join(filter(str.isprintable, str(label["name"])))[:200],
+                int(label["value"]),
+                _colour(label["colour"]),
+            )
             for label in json.loads(volume.comment)["labels"]
         )
     return ()
+
+
+def _colour(told: Any) -> tuple[int, int, int] | None:
+    """The colour that a header tells; ValueError for none."""
+    if not told:
+        return None
+    red, green, blue = map(int, told)
+    if not 0 <= min(red, green, blue) <= max(red, green, blue) <= 255:
+        raise ValueError("no colour")
+    return red, green, blue
 
 
 def label_volumes(volume: Volume, labels: Sequence[Label]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from ..errors import ArgumentError, VolumeError
 from ..film import read_labels
 from ..models.backbone import Backbone, crop, pad_to_multiple
 from ..registry import Label
-from ..volume import Prepared, Preprocessing, Volume, check_grid
+from ..volume import Prepared, Preprocessing, Volume, laid_on
 from .features import WINDOW, backbone_of, preprocessing_of
 from .refine import recorded
 from .segment import Scan, comment_labels, prepare_channels
@@ -85,8 +85,7 @@ def fit_support(supports: Sequence[tuple[Scan, Scan]], model: nn.Module, *, prec
     """
     recipe = preprocessing_of(model)
     pairs = [(prepare_channels(scan, model), read_label_map(labels)) for scan, labels in supports]
-    for prepared, labels in pairs:
-        check_grid(labels, "the label map", prepared.source, "its scan")
+    pairs = [(prepared, laid_on(labels, "the label map", prepared.source, "its scan")) for prepared, labels in pairs]
     names = named_labels([labels for _, labels in pairs])
     values = [label.value for label in names]
     generator = torch.Generator().manual_seed(0)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..spatial import warp
 from .backbone import CONV, Backbone, Features, OnBackbone, crop, initialise, is_released, pad_to_multiple
 from .gvsl import GVSL, pair_features, released_warp, restoration_head
-from .unet import CHANNELS_PER_GROUP, NEGATIVE_SLOPE, POOL, upsample
+from .unet import CHANNELS_PER_GROUP, NEGATIVE_SLOPE, POOL, Layers, upsample
 
 DEFORMER_STRIDE = 4  # voxels of the image a voxel of the deformer's coarsest level
 
@@ -114,7 +114,7 @@ class OneConv(nn.Module):
 
     def __init__(self, ndim: int, in_chans: int, out_chans: int, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.one_conv = nn.Sequential(
+        self.one_conv = Layers(
             CONV[ndim](in_chans, out_chans, 3, padding=1, device=device),
             nn.GroupNorm(out_chans // CHANNELS_PER_GROUP or 1, out_chans, device=device),
             nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True),

@@ -321,7 +321,8 @@ class Stage(nn.Module):
         near = neighbours(len(x), shape, window, cross, x.device)
         if self.released:
             near = released_neighbours(near)
-        x = to_windows(x.to(next(self.parameters()).dtype), window)  # under autocast sums stay in float32
+        first: Any = self.blocks[0]  # a replica of nn.DataParallel has no parameters()
+        x = to_windows(x.to(first.norm1.weight.dtype), window)  # under autocast sums stay in float32
         for block in self.blocks:
             x = block(x, near)
         return from_windows(x, window, shape)

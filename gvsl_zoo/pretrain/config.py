@@ -155,7 +155,11 @@ class PretrainConfig(RunConfig):
             (min(self.steps, self.batch_size, self.accumulate, self.save_every, self.keep_last) < 1, "a count below 1"),
             ((self.ramp_steps or 0) < 0, f"ramp_steps {self.ramp_steps}"),
             (self.warmup_steps < 0, f"warmup_steps {self.warmup_steps}"),
-            (self.affine_width == 0 or (self.affine_width or 8) % 8 > 0, f"affine_width {self.affine_width}"),
+            (self.window is not None and self.window < 1, f"window {self.window}"),
+            (
+                self.affine_width is not None and (self.affine_width < 8 or self.affine_width % 8 > 0),
+                f"affine_width {self.affine_width}",
+            ),
             (not 0 < self.spacing_mm < math.inf, f"spacing_mm {self.spacing_mm}"),
             (not 0 <= self.learning_rate < math.inf, f"learning_rate {self.learning_rate}"),
             (not self.clip_norm > 0, f"clip_norm {self.clip_norm}"),

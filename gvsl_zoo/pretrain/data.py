@@ -192,6 +192,14 @@ class Pairs(Dataset[Pair]):
         self.synthetic = SyntheticPairs(config.crop, config.spacing_mm)
 
     def __getitem__(self, number: int) -> Pair:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as a worker has: sums and sigmoids round differently in several
+        try:
+            return self._drawn(number)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _drawn(self, number: int) -> Pair:
         config = self.config
         generator = seeded("cpu", config.seed, 0, number)
         step = number // self.pairs_a_step

@@ -232,7 +232,15 @@ def make_accelerator(device: str) -> Any:
         raise ArgumentError("this machine has no CUDA device", "give auto or cpu")
     cpu = device == "cpu" or not torch.accelerator.is_available()
     waiting = InitProcessGroupKwargs(timeout=PATIENCE)
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[waiting])  # whatever its launcher says
+    try:
+        accelerator = Accelerator(
+            cpu=cpu, mixed_precision="no", kwargs_handlers=[waiting]
+        )  # whatever its launcher says
+    except ValueError:  # a process has one state, and this one's is of other settings
+        accelerator = None
+    if accelerator is None or (accelerator.device.type == "cpu") != cpu:
+        cause = f"device {device!r} where this process has used accelerate with another device or precision"
+        raise ArgumentError(cause, "start the run in a process of its own")
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ArgumentError(
             f"accelerate is to shard the model ({accelerator.distributed_type.value}), and a run cannot",

@@ -78,6 +78,7 @@ def pretrain(
             accelerator.prepare(torch.compile(task) if config.compile else task) for task in learner.task.children()
         ]
         with (
+            torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []),
             draw(config, real, first, workers, accelerator) as batches,
             tensorboard(out, first) if main else nullcontext() as board,
         ):

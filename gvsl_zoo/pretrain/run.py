@@ -60,6 +60,7 @@ class Run:
     def __init__(self, folder: Path, config: RunConfig) -> None:
         self.folder, self.config = folder, config
         self.checkpoints = folder / "checkpoints"
+        self.held = False  # by this process
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -80,7 +81,11 @@ class Run:
                         old.rename(self.checkpoints / old.name.split(".")[1])
                 for orphan in (*self.checkpoints.glob(".*.partial"), *self.checkpoints.glob(".*.old")):
                     shutil.rmtree(orphan, ignore_errors=True)
-                yield
+                self.held = True
+                try:
+                    yield
+                finally:
+                    self.held = False
         except Timeout:
             raise TrainingError(f"another run is writing to {self.folder}", "wait for it, or choose a folder") from None
 
@@ -115,10 +120,16 @@ class Run:
         write_whole(self.folder / SETTINGS, json.dumps(asdict(self.config), indent=2).encode())
 
     def latest(self) -> State | None:
-        """The newest checkpoint that is whole; a damaged one is passed over, which is said. None if there is none."""
+        """The newest checkpoint that is whole, or None; a damaged one is passed over, which is said.
+
+        Its model is put where `load` looks.
+        """
         for folder in sorted(self.checkpoints.glob("[0-9]*"), reverse=True):
             try:
-                return _read_checkpoint(folder)
+                state = _read_checkpoint(folder)
+                if self.held:  # a run that was killed behind a checkpoint may not have come to this
+                    self._publish(folder / f"{_kept(state.tensors)}.safetensors")
+                return state
             except (WeightsError, OSError, ValueError, KeyError, TypeError) as error:
                 cause = getattr(error, "cause", None) or f"{type(error).__name__}: {error}"
                 warnings.warn(f"the checkpoint {folder} is passed over: {cause}", stacklevel=2)
@@ -151,8 +162,7 @@ class Run:
             _sync(self.checkpoints)
             shutil.rmtree(old, ignore_errors=True)
             self._write_settings()
-            kept = next(part for part in ("best", "ema", "model") if part in state.tensors)
-            self._publish(final / f"{kept}.safetensors")
+            self._publish(final / f"{_kept(state.tensors)}.safetensors")
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise self._unwritten(f"the checkpoint of step {state.step}", error) from error
@@ -202,6 +212,11 @@ class Run:
         except OSError as error:
             raise self._unwritten("the log", error) from error
         return records
+
+
+def _kept(parts: Mapping[str, Any]) -> str:
+    """The part of a checkpoint that the run is for."""
+    return next(part for part in ("best", "ema", "model") if part in parts)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from ..inference.sliding import device_of, evaluate, sliding_window
 from ..ledger import check_unseen, ledger_of
 from ..pretrain.data import processes_started
 from ..report import bench_picture
-from ..volume import Prepared, Volume, check_grid
+from ..volume import Prepared, Volume, laid_on
 from ..weights import values_hash, write_whole
 from ..zoo import load
 from .cases import Case, Cases, files_hash, read_labels, split_cases
@@ -430,7 +430,7 @@ class Trainings:
     def _dice(self, case: Case, found: Volume) -> Detail:
         assert isinstance(case.label, Path)
         truth = read_labels(case.label)
-        check_grid(found, "the prediction", truth, "the reference")
+        truth = laid_on(truth, "the reference", found, "the prediction")
         return dice_of_labels(found.data, truth.data, {label.name: label.value for label in self.pool.labels})
 
     def _grid(self, model: Any, case: Case) -> Prepared:

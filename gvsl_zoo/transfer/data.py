@@ -25,7 +25,7 @@ from ..film import FilmPreprocessing, flattened, on_film, prepare_scan, read_lab
 from ..pretrain.augment import apply_pose, sample_pose
 from ..pretrain.data import seeded
 from ..registry import Input, Label
-from ..volume import InputWarning, Prepared, Volume, check_grid
+from ..volume import InputWarning, Prepared, Volume, check_grid, laid_on
 from ..zoo import preprocessing
 from .cases import Case
 from .config import FinetuneConfig
@@ -153,7 +153,7 @@ def _classes(case: Case, scan: Volume, labels: tuple[Label, ...], complete: bool
     if film:
         on_film(volume, scan)  # its pixels are the film's, whatever their millimetres
     else:
-        check_grid(volume, "the label map", scan, "the scan")
+        volume = laid_on(volume, "the label map", scan, "the scan")
     known = [label.value for label in labels]
     values = [int(value) for value in np.unique(volume.data)]
     if complete and (odd := [str(value) for value in values if value not in known]):

@@ -25,7 +25,7 @@ from ..film import on_film, read_labels
 from ..inference.segment import comment_labels
 from ..ledger import check_unseen
 from ..report import classes_picture, scores_picture
-from ..volume import Volume, check_grid
+from ..volume import Volume, laid_on
 from ..weights import write_whole
 from ..zoo import load
 from .cases import ENDINGS, Case, Cases, named_files, read_cases, without_ending
@@ -357,7 +357,7 @@ def _score_case(
         reference = on_film(reference, prediction)
     elif (prediction.path or Path()).suffix.lower() == ".png":
         prediction = on_film(prediction, reference)
-    check_grid(prediction, "the prediction", reference, "the reference")
+    prediction = laid_on(prediction, "the prediction", reference, "the reference")
     if not known:
         values = np.union1d(np.unique(prediction.data), np.unique(reference.data))
         known = {str(int(value)): int(value) for value in values if value}

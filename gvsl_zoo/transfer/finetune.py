@@ -112,6 +112,7 @@ def finetune(
         first = learner.restore(state, config.batch_size * accelerator.num_processes)
         task = accelerator.prepare(learner.task)
         with (
+            torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []),
             draw(Patches(train, config, crop), config, first, workers, accelerator) as batches,
             tensorboard(out, first) if main else nullcontext() as board,
         ):
