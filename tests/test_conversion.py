@@ -459,11 +459,11 @@ def assert_refused(path, dst, match):
     """Refused in two seconds without memory, and nothing is left behind."""
     before = sorted(path.parent.parent.rglob("*"))
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         with pytest.raises(WeightsError, match=match) as caught:
             convert(path, dst)
-        assert time.perf_counter() - started < 2
+        assert time.process_time() - started < 2
         assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
     finally:
         tracemalloc.stop()
