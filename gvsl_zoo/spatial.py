@@ -104,9 +104,7 @@ def exact(*operations: Any) -> Iterator[None]:
         yield
     finally:
         for operation, precision in lowered:
-            operation.fp32_precision = "none"  # which is that of the process
-            if operation.fp32_precision != precision:
-                operation.fp32_precision = precision
+            operation.fp32_precision = precision
 
 
 @contextmanager

@@ -417,13 +417,6 @@ def test_what_needs_float32_in_full_gets_it_whatever_the_process_has_chosen(lowe
     assert chosen() == ["tf32"] * 2
 
 
-def test_what_follows_the_process_still_does_afterwards(lowered):
-    with exact(*MATRIX_PRODUCTS):
-        pass
-    torch.backends.fp32_precision = "ieee"
-    assert [operation.fp32_precision for operation in MATRIX_PRODUCTS] == ["ieee"] * 2
-
-
 def test_a_process_that_has_chosen_nothing_is_left_alone():
     class Operation:
         fp32_precision = "none"
