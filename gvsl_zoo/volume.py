@@ -778,9 +778,12 @@ class Prepared:
             inner = [own[:, part] for own, part in zip(weights, box, strict=True)]
             rows = [np.flatnonzero(own.any(1)) for own in inner]
             out = tuple(slice(row[0], row[-1] + 1) for row in rows)
-            z, y, x = (own[part] for own, part in zip(inner, out, strict=True))
-            plane = np.stack([y @ (part == label).astype(np.float32) @ x.T for part in source[box]])
-            share = np.tensordot(z, plane, 1)
+            mask = source[box] == label
+            if mask.size > source.size / 4:  # then these products cost more than all of the volume at once
+                share = _resample(source == label, self.shape)[out]
+            else:
+                z, y, x = (own[part] for own, part in zip(inner, out, strict=True))
+                share = np.tensordot(z, y @ (mask.astype(np.float32) @ x.T), 1)
             wins = share > most[out]
             found[out][wins] = label
             np.maximum(most[out], share, out=most[out])

@@ -158,12 +158,13 @@ def test_labels_are_brought_where_the_share_of_their_mask_is_the_largest(seed):
     shape, spacing = generator.integers(1, 30, 3), generator.uniform(0.5, 4, 3)
     labels = np.kron(generator.integers(0, 6, -(-shape // 4)), np.ones((4, 4, 4), int))
     labels = labels[tuple(map(slice, shape))].astype(np.uint8)
-    labels[labels == 4] = 5  # of one there is nothing
+    labels[labels == 4] = 5  # of one there is nothing, and one is small
+    labels[tuple(slice(n // 3, n // 3 + 2) for n in shape)] = 6
     affine = turned_affine(tuple(order), tuple(signs))
     prepared = quietly(Volume(generator.normal(size=shape), affine), Preprocessing(tuple(spacing), unit="arbitrary"))
     recipe = Preprocessing(tuple(spacing), unit="arbitrary", window=(0.0, 1.0))
-    shares = [quietly(Volume((labels == k).astype(np.uint8), affine), recipe).image[0, 0] for k in range(6)]
-    found = prepared.bring_labels(labels, 6)
+    shares = [quietly(Volume((labels == k).astype(np.uint8), affine), recipe).image[0, 0] for k in range(7)]
+    found = prepared.bring_labels(labels, 7)
     ordered = torch.stack(shares).sort(0, descending=True).values
     clear = (ordered[0] - ordered[1] > 1e-5).numpy()
     np.testing.assert_array_equal(found[clear], torch.stack(shares).argmax(0).numpy()[clear])
