@@ -153,7 +153,7 @@ def _on_disk(path: Path, sha256: str) -> Found:
 
 def _from_mirror(path: Path, entry: ModelEntry, access: Access) -> Found:
     """The weights of a mirror's bundle: brought into our cache or, where that cannot be written, as they lie in it."""
-    found, content, _ = _vouched(path, entry.name)
+    found, content, _ = _vouched(_checked(path, None), entry.name)
     try:
         return _keep(content, entry, access.cache_dir)
     except SourceError:
@@ -339,14 +339,13 @@ def import_bundle(path: Path, cache_dir: cache.CacheDir = None, name: str | None
     known = [model for model in list_models() if name in (None, model) and found.sha256 in _pinned(model_info(model))]
     if known:
         return known[0], _store(found.sha256, [path.read_bytes()], cache_dir)
-    _, content, entry = _vouched(path, name)
+    _, content, entry = _vouched(found, name)
     return entry.name, _keep(content, entry, cache_dir)
 
 
-def _vouched(path: Path, name: str | None) -> tuple[Found, bundle.Content, ModelEntry]:
+def _vouched(found: Found, name: str | None) -> tuple[Found, bundle.Content, ModelEntry]:
     """The original in a bundle, for which the registry's hash or the record of the authors' checkpoint vouches."""
-    found = _checked(path, None)
-    content = bundle.read(found.file)
+    path, content = found.file.path, bundle.read(found.file)
     if name not in (None, content.name):
         raise WeightsError(f"{path} holds {content.name}, not {name}", "rename it, or export it again")
     entry = model_info(content.name)

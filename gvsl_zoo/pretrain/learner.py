@@ -232,10 +232,8 @@ def make_accelerator(device: str) -> Any:
         raise ArgumentError("this machine has no CUDA device", "give auto or cpu")
     cpu = device == "cpu" or not torch.accelerator.is_available()
     waiting = InitProcessGroupKwargs(timeout=PATIENCE)
-    try:
-        accelerator = Accelerator(
-            cpu=cpu, mixed_precision="no", kwargs_handlers=[waiting]
-        )  # whatever its launcher says
+    try:  # no mixed precision, whatever its launcher says
+        accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[waiting])
     except ValueError:  # a process has one state, and this one's is of other settings
         accelerator = None
     if accelerator is None or (accelerator.device.type == "cpu") != cpu:

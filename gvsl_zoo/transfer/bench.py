@@ -371,7 +371,7 @@ class Trainings:
 
     def _train(self, cell: Cell) -> dict[str, Any]:
         started = time.perf_counter()
-        [steps] = steps_of(self.config, [cell.mode]).values()
+        steps = self.config.steps * LONGER[cell.mode]
         config = replace(
             self.config,
             steps=steps,
