@@ -20,7 +20,7 @@ import torch
 from matplotlib import pyplot
 
 from gvsl_zoo.memory import keep_freed_memory
-from gvsl_zoo.pretrain.config import PretrainConfig, settings_of
+from gvsl_zoo.pretrain.config import PRESETS, PretrainConfig, settings_of
 from gvsl_zoo.pretrain.loop import pretrain
 from gvsl_zoo.pretrain.run import LOG
 
@@ -33,7 +33,9 @@ COLOURS = {"ncc": "#1f77b4", "restoration": "#e07b39"}
 
 def config_of(architecture: str, objective: str, ndim: int, steps: int) -> PretrainConfig:
     named: dict[str, Any] = {"backbone": architecture, "objective": objective, "ndim": ndim, "crop": CROP[ndim]}
-    return settings_of("nano", steps, named | {"ramp_steps": 20 * steps, "save_every": steps, "learning_rate": 1e-3})
+    return settings_of(
+        PRESETS["nano"], steps, named | {"ramp_steps": 20 * steps, "save_every": steps, "learning_rate": 1e-3}
+    )
 
 
 def curves(out: Path) -> dict[str, list[float]]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -565,7 +565,7 @@ def test_settings_of_their_own_types_are_taken():
 
 def test_numbers_are_read_as_json_and_as_python_write_them():
     texts = ("learning_rate=.001", "clip_norm=+5.", "ncc=1E-3", "batch_size=2", "bf16=False", "affine_width=null")
-    config = settings_of("nano", 1, {}, texts)
+    config = settings_of(PRESETS["nano"], 1, {}, texts)
     assert (config.learning_rate, config.clip_norm, config.ncc) == (0.001, 5.0, 0.001)
     assert (config.batch_size, config.bf16, config.affine_width) == (2, False, None)
 
@@ -576,10 +576,10 @@ def test_the_ramp_is_a_quarter_of_the_run_and_at_most_3000_steps_unless_told_oth
 
 
 def test_a_preset_becomes_one_for_films_unless_it_is():
-    assert settings_of("base", 1, {"ndim": 2}).crop == (256, 256)
-    assert settings_of("gemini-xray", 1, {"ndim": 2}) == settings_of("gemini-xray", 1, {})
-    assert settings_of("gemini-xray", 1, {"crop": 64}).crop == (64, 64)
-    brain = settings_of("gemini-brain", 1, {"ndim": None, "crop": None}, ("synthetic_share=0.5",))
+    assert settings_of(PRESETS["base"], 1, {"ndim": 2}).crop == (256, 256)
+    assert settings_of(PRESETS["gemini-xray"], 1, {"ndim": 2}) == settings_of(PRESETS["gemini-xray"], 1, {})
+    assert settings_of(PRESETS["gemini-xray"], 1, {"crop": 64}).crop == (64, 64)
+    brain = settings_of(PRESETS["gemini-brain"], 1, {"ndim": None, "crop": None}, ("synthetic_share=0.5",))
     assert (brain.ndim, brain.scan_unit, brain.batch_size, brain.synthetic_share) == (3, "arbitrary", 1, 0.5)
 
 
@@ -1496,6 +1496,67 @@ def test_the_command_trains_gemini_by_a_preset(tmp_path):
         assert isinstance(found, GEMINI) and found.unet.ndim == axes
         resumed = command(*call, "--resume")
         assert resumed.exit_code == 0, resumed.output
+
+
+def test_the_command_trains_by_a_recipe(tmp_path):
+    call = [
+        "--recipe",
+        "gvsl-unet-ct-nano-contrast",
+        "--batch-size",
+        1,
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        1,
+        *SMALL,
+    ]
+    result = command(*call)
+    assert result.exit_code == 0, result.output
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    made = asdict(recipes.read_recipe("gvsl-unet-ct-nano-contrast").settings)
+    changed = {"steps": 1, "batch_size": 1, "crop": [16, 16, 16], "spacing_mm": 12.0, "affine_width": 8, "bf16": False}
+    assert settings == json.loads(json.dumps(made)) | changed
+    resumed = command(*call, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+
+
+@pytest.mark.parametrize(
+    "name, given, run, start",
+    [
+        ("gvsl-unet-ct-nano-contrast", None, "settings", None),
+        ("gvsl-unet-ct-nano", None, "settings", "gvsl-unet-ct-nano-contrast"),
+        ("gvsl-unet-ct-nano", "./mine", "settings", "./mine"),
+        ("gvsl-unet-ct-small", None, "before", None),
+        ("gvsl-unet-ct-small", "./mine", "settings", "./mine"),
+        ("gvsl-xmorpher-ct-nano", None, "settings", None),
+    ],
+)
+def test_a_run_by_a_recipe_starts_where_that_did_unless_told_otherwise(tmp_path, monkeypatch, name, given, run, start):
+    taken = {}
+    monkeypatch.setattr("gvsl_zoo.zoo.load", lambda name, task: name)
+    monkeypatch.setattr("gvsl_zoo.pretrain.run.finished", lambda out: {})
+    monkeypatch.setattr(
+        loop, "pretrain", lambda config, *others, init, **options: taken.update(config=config, init=init)
+    )
+    result = command("--recipe", name, *(["--init", given] if given else []), "--out", tmp_path / "run", "--steps", 7)
+    assert result.exit_code == 0, result.output
+    assert taken == {"config": replace(getattr(recipes.read_recipe(name), run), steps=7), "init": start}
+
+
+def test_a_recipe_beside_a_preset_or_of_a_model_without_one_is_refused(tmp_path):
+    for call, said in (
+        (["--recipe", "gvsl-unet-ct-nano", "--preset", "nano"], "both --preset and --recipe; give one"),
+        (["--recipe", "gvsl-unet-ct"], "gvsl-unet-ct has no recipe"),
+        (["--recipe", "gvsl-unet-ct-nan"], "did you mean 'gvsl-unet-ct-nano"),
+    ):
+        result = command(*call, "--out", tmp_path / "run", "--steps", 1)
+        assert result.exit_code in (1, 2) and said in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_transformer_of_a_recipe_keeps_its_width():
+    made = asdict(recipes.read_recipe("gvsl-xmorpher-ct-nano").settings)
+    assert settings_of(made, 5, {"backbone": "xmorpher"}) == PretrainConfig(**made | {"steps": 5})
 
 
 def test_a_dry_run_estimates_and_writes_nothing(tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ from gvsl_zoo.models.xmorpher import (
     to_windows,
 )
 from gvsl_zoo.pretrain.anatomy import sample_subject
-from gvsl_zoo.pretrain.config import PretrainConfig, settings_of
+from gvsl_zoo.pretrain.config import PRESETS, PretrainConfig, settings_of
 from gvsl_zoo.pretrain.data import Pairs
 from gvsl_zoo.pretrain.objective import Batch, Pretraining, make_batch
 from gvsl_zoo.zoo import build
@@ -583,11 +583,11 @@ def test_settings_that_cannot_be_are_refused(changed, match):
 
 def test_presets_have_the_width_whose_local_features_are_those_of_the_unet():
     for preset, width in (("nano", 16), ("small", 32), ("base", 48)):
-        config = settings_of(preset, 1, {"backbone": "xmorpher"})
-        unet = settings_of(preset, 1, {})
+        config = settings_of(PRESETS[preset], 1, {"backbone": "xmorpher"})
+        unet = settings_of(PRESETS[preset], 1, {})
         assert config.width == width
         assert XMorpher(width=width, device="meta").num_features == unet.width
-    assert settings_of("base", 1, {}, ("backbone=xmorpher", "width=96")).width == 96
+    assert settings_of(PRESETS["base"], 1, {}, ("backbone=xmorpher", "width=96")).width == 96
 
 
 # --- Loaded, saved, used ----------------------------------------------------------------------------------------------

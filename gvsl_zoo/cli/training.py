@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,8 @@ def prepare_command(
 @click.option("--data", default="synthetic", show_default=True, help="synthetic, a store or its URL, or a scan folder.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option("--steps", required=True, type=click.IntRange(1), help="Steps of the whole run.")
-@click.option("--preset", type=click.Choice(list(PRESETS)), default="nano", show_default=True)
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="[default: nano]")
+@click.option("--recipe", metavar="NAME", help="In place of a preset: train as this model was, from where it started.")
 @click.option("--ndim", type=click.IntRange(2, 3), help="2: films.  [default: 3]")
 @click.option("--backbone", type=click.Choice(["unet", "xmorpher"]), help="[default: unet]")
 @click.option("--objective", help="gvsl, restoration, matching, no-affine or gemini.  [default: gvsl]")
@@ -95,7 +96,8 @@ def pretrain_command(
     data: str,
     out: Path,
     steps: int,
-    preset: str,
+    preset: str | None,
+    recipe: str | None,
     others: tuple[str, ...],
     init: str | None,
     resume: bool,
@@ -107,6 +109,7 @@ def pretrain_command(
 ) -> None:
     """Pre-train a backbone by matching anatomy, on synthetic anatomy and on scans of your own.
 
+    A recipe of two runs gives the settings of the first; with --init those of the second.
     torchrun --nproc_per_node N -m gvsl_zoo pretrain ... trains on N devices.
     """
     from ..memory import keep_freed_memory
@@ -115,10 +118,17 @@ def pretrain_command(
     from ..pretrain.estimate import estimate
     from ..pretrain.loop import pretrain
     from ..pretrain.run import finished
+    from ..recipes import read_recipe
     from ..zoo import load
 
+    if preset and recipe:
+        raise ArgumentError("both --preset and --recipe", "give one")
     keep_freed_memory()
-    config = settings_of(preset, steps, named, others)
+    base = PRESETS[preset or "nano"]
+    if recipe:
+        known = read_recipe(recipe)
+        base, init = asdict(known.settings if init else known.runs[0]), init or known.start
+    config = settings_of(base, steps, named, others)
     if (out / "checkpoints").exists() and not (resume or dry_run):
         raise ArgumentError(f"{out} holds a run", "add --resume to go on with it, or choose another folder")
     real = open_data(data, config, None if dry_run else out)

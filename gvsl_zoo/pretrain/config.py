@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import types
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -236,20 +237,22 @@ XMORPHER_WIDTH = {8: 16, 16: 32, 32: 48}  # whose local features are as wide as 
 FILMS: dict[str, Any] = {"ndim": 2, "crop": (256, 256), "spacing_mm": 1.5}  # what a preset becomes with ndim 2
 
 
-def settings_of(preset: str, steps: int, named: dict[str, Any], others: tuple[str, ...] = ()) -> PretrainConfig:
-    """The settings of a preset with changes: `named` ones (None leaves the preset's; `crop` may be one number for all
-    axes) and `others` as text, "name=value".
+def settings_of(
+    base: Mapping[str, Any], steps: int, named: dict[str, Any], others: tuple[str, ...] = ()
+) -> PretrainConfig:
+    """The settings of a preset or a recipe with changes: `named` ones (None leaves those of `base`; `crop` may be one
+    number for all axes) and `others` as text, "name=value".
     """
-    values = PRESETS[preset]
-    if named.get("ndim") == 2 and values.get("ndim") != 2:
-        values = values | FILMS
+    values = {**base, "steps": steps}
     changes = {key: value for key, value in named.items() if value is not None} | parse_settings(others)
-    if changes.get("backbone") == "xmorpher":
-        values = values | {"width": XMORPHER_WIDTH[values.get("width", 8)]}
-    values = values | changes
+    if named.get("ndim") == 2 and values.get("ndim") != 2:
+        values |= FILMS
+    if changes.get("backbone") == "xmorpher" != values.get("backbone"):
+        values["width"] = XMORPHER_WIDTH[values.get("width", 8)]
+    values |= changes
     if isinstance(values.get("crop"), int):
         values["crop"] = (values["crop"],) * (2 if values.get("ndim") == 2 else 3)
-    return PretrainConfig.from_dict({"steps": steps} | values)
+    return PretrainConfig.from_dict(values)
 
 
 def parse_settings(texts: tuple[str, ...]) -> dict[str, Any]:
