@@ -110,53 +110,20 @@ def register(
     steps = (0 if heads else REFINING_STEPS) if refine is None else refine
     if steps < 0 or not (steps or heads):
         raise ArgumentError(f"refine={steps} with a {type(model).__name__}", "without matching heads give 1 or more")
-    recipe = recipe_of(model)
-    together = IDENTITY, IDENTITY
-    if isinstance(recipe, FilmPreprocessing):
-        fixed, moving = (read_for(scan, recipe) for scan in (fixed, moving))
-        on_fixed, on_moving, together = lay_frames(fixed, moving, recipe)
-    else:
-        recipe = preprocessing_of(model)
-        fixed, moving = (read_for(scan, recipe) for scan in (fixed, moving))
-        on_fixed = prepare(fixed, replace(recipe, spacing_mm=_spacing(fixed, recipe)))
-        on_moving = prepare(moving, replace(recipe, spacing_mm=on_fixed.spacing_mm))
-    masks = (_mask(fixed_mask, on_fixed, recipe), _mask(moving_mask, on_moving, recipe))
-
-    def to_world(between: Affine) -> Affine:
-        """A map in the world in which the scans lie together as one from the fixed world to the moving one."""
-        return Affine(np.linalg.inv(together[1].matrix) @ between.matrix @ together[0].matrix)
-
-    def read(image: Tensor, transform: Affine) -> Tensor:
-        return flattened(read_at(image, on_fixed, on_moving, transform), recipe)
-
-    target, counted = flattened(on_fixed.image, recipe), flattened(masks[0], recipe)
-    frames = to_world(IDENTITY)
-    start = lay_over(on_fixed, on_moving, masks, frames, target.ndim - 2)
-    described: tuple[Described, Described] | None = None
-    if steps:
-        still, other = (
-            describe(scan, flattened(_counted(scan, mask, model), recipe), model, precision, place)
-            for scan, mask, place in zip((on_fixed, on_moving), masks, together, strict=True)
-        )
-        described = still, other
-        votes = align(still, other)
-        if not _likely(votes):
-            between = together[1].matrix @ start.matrix @ np.linalg.inv(together[0].matrix)
-            votes = align(still, other, Affine(between))
-        if _likely(votes):
-            tried = (start, to_world(votes))
-            scores = [correlation(read(on_moving.image, each), target, counted) for each in tried]
-            start = tried[scores[1] > scores[0]]
-    image, inside = read(on_moving.image, start), read(masks[1], start)
+    pair = made_ready(fixed, moving, fixed_mask, moving_mask, model)
+    target, counted, frames = pair.target, pair.counted, pair.to_world(IDENTITY)
+    start = lay_over(pair.on_fixed, pair.on_moving, pair.masks, frames, pair.ndim)
+    described = pair.described(model, precision) if steps else None
+    if described:
+        start = voted(pair, described, start)
+    image, inside = pair.read(pair.on_moving.image, start), pair.read(pair.masks[1], start)
     overlap = float((inside * counted).sum() / counted.sum())
     if overlap < SMALLEST_OVERLAP:
         cause = f"the moving scan covers {100 * overlap:.1f} % of the fixed one"
         raise VolumeError(cause, "check that both show one part of the body, or crop the fixed scan to what both show")
-    before, at_start = correlation(read(on_moving.image, frames), target, counted), correlation(image, target, counted)
 
-    ndim = target.ndim - 2
-    affine = torch.eye(ndim, ndim + 1)[None]
-    displacement = torch.zeros(1, ndim, *target.shape[2:])
+    affine = torch.eye(pair.ndim, pair.ndim + 1)[None]
+    displacement = torch.zeros(1, pair.ndim, *target.shape[2:])
     answer = "the scans laid over each other"
     if isinstance(model, WholeModule):
         found = answered(model, target, image, counted, precision, 1 if steps else PASSES)
@@ -168,29 +135,104 @@ def register(
         if fitted is not displacement:
             affine, displacement, answer = fitted_affine, fitted, "fitted to the pair"
 
-    whole = Chain((displacement_from_voxels(displacement, on_fixed), start))
-    merged = to_displacement(whole, Grid.of(fixed))
+    grid = Grid.of(pair.fixed)
+    merged = to_displacement(Chain((displacement_from_voxels(displacement, pair.on_fixed), start)), grid)
+    warped = warp_volume(pair.moving, merged, grid)
     volume_change = jacobian(merged)
-    warped = warp_volume(moving, merged, Grid.of(fixed))
-    after = correlation(moved(image, displacement), target, counted)
-    moves = merged.field_mm
-    if ndim == 2:  # beyond what lays frame on frame
-        points = merged.grid.points()
-        moves = frames.inverse()(points + moves.reshape(-1, 3)) - points
+    before = pair.read(pair.on_moving.image, frames)
     report = {
-        "ncc_before": before,
-        "ncc_start": at_start,
-        "ncc_after": after,
+        "ncc_before": correlation(before, target, counted),
+        "ncc_start": correlation(image, target, counted),
+        "ncc_after": correlation(moved(image, displacement), target, counted),
         "folded": float((volume_change.data <= 0).mean()),
-        "displacement_mm": float(np.linalg.norm(moves, axis=-1).mean()),
+        "displacement_mm": _length(merged, frames if pair.ndim == 2 else None),
         "overlap": overlap,
         "answer": answer,
-        "unit": "pixels" if ndim == 2 and not known_size(fixed) else "mm",
-        "spacing_mm": on_fixed.spacing_mm,
+        "unit": "pixels" if pair.ndim == 2 and not known_size(pair.fixed) else "mm",
+        "spacing_mm": pair.on_fixed.spacing_mm,
         "seconds": time.perf_counter() - began,
     }
-    linear = affine_from_voxels(affine, on_fixed)
+    linear = affine_from_voxels(affine, pair.on_fixed)
     return Registration(warped, merged, Affine(start.matrix @ linear.matrix), volume_change, report)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two scans as they are and on grids of one spacing.
+
+    masks: the part of every voxel that counts, (1, 1, D, H, W), of either grid.
+    together: what brings each world into one in which the scans lie together: films frame on frame, scans as they are.
+    """
+
+    fixed: Volume
+    moving: Volume
+    on_fixed: Prepared
+    on_moving: Prepared
+    masks: tuple[Tensor, Tensor]
+    together: tuple[Affine, Affine]
+    recipe: Preprocessing | FilmPreprocessing
+
+    @property
+    def ndim(self) -> int:
+        return 2 if isinstance(self.recipe, FilmPreprocessing) else 3
+
+    @property
+    def target(self) -> Tensor:
+        """The fixed image as a model takes it, (1, 1, *shape)."""
+        return flattened(self.on_fixed.image, self.recipe)
+
+    @property
+    def counted(self) -> Tensor:
+        """The fixed mask, (1, 1, *shape)."""
+        return flattened(self.masks[0], self.recipe)
+
+    def to_world(self, between: Affine) -> Affine:
+        """A map in the world in which the scans lie together as one from the fixed world to the moving one."""
+        return Affine(np.linalg.inv(self.together[1].matrix) @ between.matrix @ self.together[0].matrix)
+
+    def from_world(self, transform: Affine) -> Affine:
+        """The inverse of `to_world`."""
+        return Affine(self.together[1].matrix @ transform.matrix @ np.linalg.inv(self.together[0].matrix))
+
+    def read(self, image: Tensor, transform: Affine) -> Tensor:
+        """An image of the moving grid on the fixed one, (1, 1, *shape), through a map from world to world."""
+        return flattened(read_at(image, self.on_fixed, self.on_moving, transform), self.recipe)
+
+    def described(self, model: nn.Module, precision: str) -> tuple[Described, Described]:
+        """What a model's features say of both scans."""
+        still, other = (
+            describe(scan, flattened(_counted(scan, mask, model), self.recipe), model, precision, place)
+            for scan, mask, place in zip((self.on_fixed, self.on_moving), self.masks, self.together, strict=True)
+        )
+        return still, other
+
+
+def made_ready(fixed: Scan, moving: Scan, fixed_mask: Scan | None, moving_mask: Scan | None, model: nn.Module) -> Pair:
+    """Read two scans and their masks, and bring them to what the model takes."""
+    recipe = recipe_of(model)
+    together = IDENTITY, IDENTITY
+    if isinstance(recipe, FilmPreprocessing):
+        fixed, moving = (read_for(scan, recipe) for scan in (fixed, moving))
+        on_fixed, on_moving, together = lay_frames(fixed, moving, recipe)
+    else:
+        recipe = preprocessing_of(model)
+        fixed, moving = (read_for(scan, recipe) for scan in (fixed, moving))
+        on_fixed = prepare(fixed, replace(recipe, spacing_mm=_spacing(fixed, recipe)))
+        on_moving = prepare(moving, replace(recipe, spacing_mm=on_fixed.spacing_mm))
+    masks = _mask(fixed_mask, on_fixed, recipe), _mask(moving_mask, on_moving, recipe)
+    return Pair(fixed, moving, on_fixed, on_moving, masks, together, recipe)
+
+
+def voted(pair: Pair, described: tuple[Described, Described], start: Affine) -> Affine:
+    """The affine map for which the features vote, world to world, or the start where that correlates as much."""
+    votes = align(*described)
+    if not _likely(votes):
+        votes = align(*described, pair.from_world(start))
+    if not _likely(votes):
+        return start
+    tried = start, pair.to_world(votes)
+    before, after = (correlation(pair.read(pair.on_moving.image, each), pair.target, pair.counted) for each in tried)
+    return tried[after > before]
 
 
 def answered(
@@ -365,6 +407,15 @@ def _counted(prepared: Prepared, mask: Tensor, model: nn.Module) -> Tensor:
     masked = mask[0, 0] > 0
     inside = body(prepared, model) & masked
     return inside if inside.any() else masked
+
+
+def _length(displacement: Displacement, frames: Affine | None) -> float:
+    """Mean length of a displacement, mm; of films beyond what lays frame on frame."""
+    moves = displacement.field_mm
+    if frames:
+        points = displacement.grid.points()
+        moves = frames.inverse()(points + moves.reshape(-1, 3)) - points
+    return float(np.linalg.norm(moves, axis=-1).mean())
 
 
 def _mask(mask: Scan | None, prepared: Prepared, recipe: Preprocessing | FilmPreprocessing) -> Tensor:
