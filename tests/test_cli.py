@@ -124,6 +124,15 @@ def test_info_says_all_that_the_registry_knows(name):
     assert yaml.safe_load(done("info", name)) == expected
 
 
+def test_info_says_what_the_weights_of_a_path_know_of_themselves(tmp_path):
+    save_pretrained(load(DEFAULT_MODEL), tmp_path / "mine")
+    expected = load(tmp_path / "mine").entry
+    for path in (tmp_path / "mine", tmp_path / "mine" / "model.safetensors"):
+        assert json.loads(done("info", path, "--json")) == expected.to_dict() | {"tasks": list(expected.tasks)}
+    refused(1, "No such file or directory", "info", tmp_path / "nothing")
+    refused(1, "is not a weights file", "info", tmp_path / "mine" / "README.md")
+
+
 # --- features --------------------------------------------------------------------------------------------------
 
 

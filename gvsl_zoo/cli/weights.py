@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, RegistryError
 from .common import DEFAULT_MODEL, main, progress_bar, show, with_json
+
+if TYPE_CHECKING:
+    from ..registry import ModelEntry
 
 SHOWN = 7  # candidates of a ranking
 
@@ -45,13 +48,27 @@ def list_command(
 @click.argument("name")
 @with_json
 def info_command(name: str, as_json: bool) -> None:
-    """Say all that the registry knows of the model NAME."""
+    """Say all that the registry knows of the model NAME, or the weights of a path know of themselves."""
     import yaml
 
+    known = entry_of_name_or_path(name)
+    entry = known.to_dict() | {"tasks": list(known.tasks)}
+    click.echo(json.dumps(entry, indent=2) if as_json else yaml.safe_dump(entry, sort_keys=False, width=100).rstrip())
+
+
+def entry_of_name_or_path(name: str) -> ModelEntry:
+    """An entry; only one of a path needs PyTorch."""
     from ..registry import model_info
 
-    entry = model_info(name).to_dict() | {"tasks": list(model_info(name).tasks)}
-    click.echo(json.dumps(entry, indent=2) if as_json else yaml.safe_dump(entry, sort_keys=False, width=100).rstrip())
+    try:
+        return model_info(name)
+    except RegistryError:
+        from ..sources import is_path, open_path
+        from ..zoo import entry_of
+
+        if not is_path(name):
+            raise
+        return entry_of(open_path(Path(name)).file)
 
 
 def with_cache_dir(command: Callable[..., Any]) -> Callable[..., Any]:
