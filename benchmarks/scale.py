@@ -367,7 +367,7 @@ def tables(measured: Mapping[str, Any], assumed: Assumed) -> dict[str, str]:
     devices, processes = assumed.devices, assumed.processes
     index = ["scans | open | own memory | mapped index | two volumes of a pair | with crops 96^3 | pickle | 64 ranks"]
     prepare = [" | ".join(["scans", *(f"store, {mm} mm" for mm in measured["prepare"])])]
-    prepare[0] += "".join(f" | prepare, {plural(n, 'process', 'es')}{'*' if n > 1 else ''}" for n in processes)
+    prepare[0] += "".join(f" | prepare at 2 mm, {plural(n, 'process', 'es')}{'*' if n > 1 else ''}" for n in processes)
     passes = ["one pass over | nano, this CPU" + "".join(f" | {plural(n, 'device')}*" for n in devices)]
     run = [f"{assumed.steps:,} steps over | nano, this CPU" + "".join(f" | {plural(n, 'device')}*" for n in devices)]
     for size, c in costs.items():

@@ -1531,16 +1531,26 @@ def test_the_command_trains_by_a_recipe(tmp_path):
         ("gvsl-xmorpher-ct-nano", None, "settings", None),
     ],
 )
-def test_a_run_by_a_recipe_starts_where_that_did_unless_told_otherwise(tmp_path, monkeypatch, name, given, run, start):
+@pytest.mark.parametrize("steps", [7, None])
+def test_a_run_by_a_recipe_starts_where_that_did_unless_told_otherwise(
+    tmp_path, monkeypatch, name, given, run, start, steps
+):
     taken = {}
     monkeypatch.setattr("gvsl_zoo.zoo.load", lambda name, task: name)
     monkeypatch.setattr("gvsl_zoo.pretrain.run.finished", lambda out: {})
     monkeypatch.setattr(
         loop, "pretrain", lambda config, *others, init, **options: taken.update(config=config, init=init)
     )
-    result = command("--recipe", name, *(["--init", given] if given else []), "--out", tmp_path / "run", "--steps", 7)
+    others = [*(["--init", given] if given else []), *(["--steps", steps] if steps else [])]
+    result = command("--recipe", name, *others, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
-    assert taken == {"config": replace(getattr(recipes.read_recipe(name), run), steps=7), "init": start}
+    made = getattr(recipes.read_recipe(name), run)
+    assert taken == {"config": replace(made, steps=steps or made.steps), "init": start}
+
+
+def test_a_run_without_a_recipe_takes_steps(tmp_path):
+    result = command("--out", tmp_path / "run")
+    assert result.exit_code == 2 and "takes --steps, or a --recipe" in result.stderr
 
 
 def test_a_recipe_beside_a_preset_or_of_a_model_without_one_is_refused(tmp_path):

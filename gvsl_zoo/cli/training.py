@@ -75,7 +75,7 @@ def prepare_command(
 @main.command("pretrain")
 @click.option("--data", default="synthetic", show_default=True, help="synthetic, a store or its URL, or a scan folder.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
-@click.option("--steps", required=True, type=click.IntRange(1), help="Steps of the whole run.")
+@click.option("--steps", type=click.IntRange(1), help="Steps of the whole run.  [default: the recipe's]")
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="[default: nano]")
 @click.option("--recipe", metavar="NAME", help="In place of a preset: train as this model was, from where it started.")
 @click.option("--ndim", type=click.IntRange(2, 3), help="2: films.  [default: 3]")
@@ -95,7 +95,7 @@ def prepare_command(
 def pretrain_command(
     data: str,
     out: Path,
-    steps: int,
+    steps: int | None,
     preset: str | None,
     recipe: str | None,
     others: tuple[str, ...],
@@ -128,7 +128,9 @@ def pretrain_command(
     if recipe:
         known = read_recipe(recipe)
         base, init = asdict(known.settings if init else known.runs[0]), init or known.start
-    config = settings_of(base, steps, named, others)
+    if not (steps or recipe):
+        raise click.UsageError("a run takes --steps, or a --recipe, which has its own")
+    config = settings_of(base, steps or base["steps"], named, others)
     if (out / "checkpoints").exists() and not (resume or dry_run):
         raise ArgumentError(f"{out} holds a run", "add --resume to go on with it, or choose another folder")
     real = open_data(data, config, None if dry_run else out)
