@@ -276,7 +276,8 @@ def registration_picture(
     """
     grid = found.displacement_mm.grid
     unmoved = _as_headers_say(moving, fixed, film)
-    places = [Volume(mm, grid.affine) for mm in _moved_mm(found).transpose(3, 0, 1, 2)]
+    seen = own_plane(moving).affine @ np.linalg.inv(moving.affine) if film else np.eye(4)
+    places = [Volume(mm, grid.affine) for mm in _moved_mm(found, seen).transpose(3, 0, 1, 2)]
     (still, spacing), *others = (
         canonical_view(own_plane(volume) if film else volume) for volume in (fixed, unmoved, found.warped, *places)
     )
@@ -323,10 +324,18 @@ def _as_headers_say(moving: Volume, fixed: Volume, film: bool) -> Volume:
         return Volume(np.full(fixed.shape, moving.data.min(), np.float32), fixed.affine)
 
 
-def _moved_mm(found: Registration) -> np.ndarray:
-    """Where each voxel of the fixed scan lies in the moving one, (i, j, k, 3), float32 millimetres."""
+def _moved_mm(found: Registration, seen: np.ndarray) -> np.ndarray:
+    """Where each voxel of the fixed scan lies in the moving one, in a world that `seen` (4, 4) leads to from its own:
+    (i, j, k, 3), float32 millimetres.
+    """
     grid = found.displacement_mm.grid
-    return grid.points().reshape(*grid.shape, 3).astype(np.float32) + found.displacement_mm.field_mm
+    places = found.displacement_mm.field_mm @ seen[:3, :3].T.astype(np.float32)
+    index = np.ogrid[tuple(slice(float(n)) for n in grid.shape)]
+    for axis, (*slopes, shift) in enumerate((seen @ grid.affine)[:3]):
+        places[..., axis] += np.float32(shift)
+        for slope, along in zip(slopes, index, strict=True):
+            places[..., axis] += (slope * along).astype(np.float32)
+    return places
 
 
 def _registration_note(found: Registration) -> str:

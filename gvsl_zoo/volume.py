@@ -203,7 +203,8 @@ def _checked_shape(header: Any, channels: bool) -> tuple[int, ...]:
     if not 1 <= ndim <= 7 or min(dims) < 1:
         raise VolumeError(f"the header claims {ndim} dimensions, shape {tuple(dims)}", READ_AGAIN)
     if ndim < 3:
-        raise VolumeError(f"a {ndim}-D image of shape {tuple(dims)}", "give a volume of three dimensions")
+        remedy = "give a volume of three dimensions, a film as one slice: (i, j, 1)"
+        raise VolumeError(f"a {ndim}-D image of shape {tuple(dims)}", remedy)
     several = [n for n in dims[3:] if n > 1]
     if len(several) > 1 or (several and not channels):
         cause = f"{math.prod(several)} volumes in one file, shape {tuple(dims)}"

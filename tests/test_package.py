@@ -35,6 +35,7 @@ def python(code, **settings):
         ("import gvsl_zoo.cli", ["torch", "numpy", "nibabel", "huggingface_hub"]),
         ("from gvsl_zoo import list_models; list_models()", ["torch", "numpy", "nibabel"]),
         ("import gvsl_zoo.zoo", ["matplotlib", "monai", "SimpleITK", "huggingface_hub", "torchvision"]),
+        ("from gvsl_zoo import load; load('gvsl-unet-ct-nano', task='registration')", ["torch._dynamo"]),
     ],
     ids=lambda a: a if isinstance(a, str) else "",
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -27,6 +29,7 @@ from gvsl_zoo.inference.register import (
     _spacing,
     answered,
     lay_over,
+    made_ready,
     match,
     moved,
     register,
@@ -37,6 +40,7 @@ from gvsl_zoo.models.gvsl import GVSL
 from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.models.xmorpher import XMorpher
 from gvsl_zoo.pretrain.anatomy import LABELS, sample_subject
+from gvsl_zoo.report import _moved_mm
 from gvsl_zoo.spatial import affine_coordinates, identity_grid, jacobian_determinant, sample
 from gvsl_zoo.transforms import LPS, Displacement, Grid, warp_volume, write_transform
 from gvsl_zoo.volume import Preprocessing, prepare
@@ -131,9 +135,9 @@ def test_the_grid_that_is_matched_on_has_the_scans_axes_and_size_however_it_is_t
         affine[:3, :3] = np.linalg.qr(generator.normal(size=(3, 3))).Q * own
         small = Volume(np.arange(60, dtype=np.int16).reshape(3, 4, 5), affine)
         as_it_is = Preprocessing(unit="arbitrary")
-        assert _spacing(small, as_it_is) == pytest.approx(prepare(small, as_it_is).spacing_mm)
+        assert _spacing(small, small, as_it_is) == pytest.approx(prepare(small, as_it_is).spacing_mm)
         large = Volume(np.broadcast_to(np.int16(0), (500, 500, 400)), affine)
-        spacing = _spacing(large, Preprocessing((2.0, 1.0, 1.0)))
+        spacing = _spacing(small, large, Preprocessing((2.0, 1.0, 1.0)))
         assert spacing == pytest.approx(spacing[0] * np.array([1, 0.5, 0.5]))
         assert np.prod(np.array(large.shape) * own) / np.prod(spacing) == pytest.approx(MAX_VOXELS)
 
@@ -374,6 +378,36 @@ def test_labels_without_a_place_to_go_and_outputs_of_another_kind_are_refused(pa
     ):
         done = CliRunner().invoke(main, call + more)
         assert done.exit_code in (1, 2) and cause in done.output
+
+
+def test_labels_beside_the_moving_scan_are_refused_before_the_work(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("gvsl_zoo.inference.register.register", lambda *_, **__: pytest.fail("it was registered"))
+    (fixed, _), (moving, labels) = pair
+    for name, volume in (("fixed", fixed), ("moving", moving), ("labels", moved_by(labels, (8, 0, 0)))):
+        write_volume(volume, tmp_path / f"{name}.nii.gz")
+    call = ["register", "--fixed", tmp_path / "fixed.nii.gz", "--moving", tmp_path / "moving.nii.gz"]
+    call += ["--moving-labels", tmp_path / "labels.nii.gz", "--labels-out", tmp_path / "out.nii.gz"]
+    done = CliRunner().invoke(main, list(map(str, call)))
+    assert done.exit_code == 1
+    assert "the label map 'labels.nii.gz' lies up to 8 mm beside the moving scan 'moving.nii.gz'" in done.output
+
+
+@pytest.mark.parametrize("small", ["fixed", "moving"])
+def test_both_scans_are_matched_at_a_spacing_at_which_neither_is_too_large(pair, heads, monkeypatch, small):
+    monkeypatch.setattr("gvsl_zoo.inference.register.MAX_VOXELS", 32**3)
+    scans = {"fixed": pair[0][0], "moving": pair[1][0]}
+    scans[small] = replace(scans[small], data=scans[small].data[:16, :16, :16])
+    ready = made_ready(scans["fixed"], scans["moving"], None, None, heads)
+    assert ready.on_fixed.spacing_mm == ready.on_moving.spacing_mm == pytest.approx((8, 8, 8))
+    assert {ready.on_fixed.shape, ready.on_moving.shape} == {(32, 32, 32), (8, 8, 8)}
+
+
+def test_the_picture_finds_where_each_voxel_went_without_a_table_of_points(generator):
+    affine = np.array([[0, 2.0, 0.3, 5], [-1.5, 0, 0, 7], [0, 0.2, 4, -9], [0, 0, 0, 1]])
+    field = torch.randn(5, 6, 7, 3, generator=generator).numpy()
+    found = SimpleNamespace(displacement_mm=Displacement(field, Grid((5, 6, 7), affine)))
+    expected = found.displacement_mm.grid.points() + field.reshape(-1, 3)
+    np.testing.assert_allclose(_moved_mm(found, np.eye(4)).reshape(-1, 3), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(("sheared", "option"), [("fixed", "--transform-out"), ("moving", "--save-inverse")])

@@ -34,6 +34,7 @@ from gvsl_zoo.film import (
     is_film,
     lay_frames,
     on_film,
+    own_plane,
     read_film,
     read_scan,
     together,
@@ -48,6 +49,7 @@ from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.models.xmorpher import XMorpher
 from gvsl_zoo.pretrain.anatomy import Film, sample_film, true_displacement
 from gvsl_zoo.registry import Label
+from gvsl_zoo.report import _moved_mm
 from gvsl_zoo.spatial import affine_coordinates, identity_grid, jacobian_determinant, sample, warp
 from gvsl_zoo.transfer.cases import read_cases
 from gvsl_zoo.transfer.data import prepare_cases
@@ -201,8 +203,11 @@ def test_a_film_in_a_nifti_file_is_laid_frame_on_frame_in_its_own_world(pair, mo
     found = register(moving, fixed, model, refine=0)
     points = Grid.of(fixed).points()
     np.testing.assert_allclose(found.displacement_mm(points), Grid.of(moving).points(), atol=0.1)
-    assert found.report["displacement_mm"] < 0.1
+    assert found.report["displacement_mm"] < 0.1 and found.report["folded"] == 0
+    np.testing.assert_allclose(found.jacobian.data, 1, atol=0.1)
     np.testing.assert_allclose(found.warped.data, fixed.data, atol=12)
+    places = _moved_mm(found, own_plane(moving).affine @ np.linalg.inv(affine))  # the lattice of the picture
+    np.testing.assert_allclose(places.reshape(-1, 3), points, atol=0.1)
     matched = correspond(points[[5050, 6060]], fixed, moving, model)
     np.testing.assert_allclose(matched.points_mm, Grid.of(moving).points()[[5050, 6060]], atol=0.5)
 
@@ -473,6 +478,8 @@ def test_the_commands_register_warp_and_bring_the_bits_of_the_moving_film(drawn,
     done("warp -i fixed.png --fixed moving.png --transform i.nii.gz -o back.png")
     assert read_film("back.png").data.dtype == np.uint8
     done("warp --points points.csv --fixed fixed.png --transform t.nii.gz -o moved.csv")
+    done("warp --points points.csv --transform t.nii.gz -o unseen.csv")  # the displacement is known to be of a film
+    assert Path("unseen.csv").read_text() == Path("moved.csv").read_text()
     [row] = csv.DictReader(Path("moved.csv").read_text().splitlines())
     sent = read_transform("t.nii.gz")(np.array([[40.0, 50, 0]]))[0]
     assert list(row) == ["name", "x", "y"] and [float(row[a]) for a in "xy"] == pytest.approx(sent[:2], abs=1e-3)
@@ -506,6 +513,18 @@ def test_a_png_that_is_warped_onto_a_film_of_known_size_is_warned_about(drawn, f
         result = run(f"warp -i moving_labels.png --labels --fixed {fixed} --transform t.tfm -o l.png --overwrite")
         assert result.exit_code == 0, result.output
         assert (told in result.stderr) is ("--moving-labels --labels-out" in result.stderr) is warned
+
+
+@pytest.mark.parametrize("affine", [np.diag([0.7, 0.7, 1, 1]), np.diag([-1.0, 1, 1, 1])], ids=["fine", "mirrored"])
+def test_labels_of_a_film_in_a_nifti_file_lie_on_its_pixels(drawn, folder, affine):
+    write_volume(Volume(read_film("moving.png").data, affine), "moving.nii.gz")
+    call = f"{REGISTER} --refine 0 --moving-labels moving_labels.png --labels-out".replace(
+        "moving.png", "moving.nii.gz"
+    )
+    done(f"{call} labels.nii.gz")
+    done(f"{REGISTER} --refine 0 --moving-labels moving_labels.png --labels-out plain.png")
+    labels = read_scan("labels.nii.gz").data
+    assert labels.any() and mean_dice(labels.T > 0, read_film("plain.png").data.T > 0) > 0.98
 
 
 def test_a_dicom_pair_is_registered_in_millimetres(drawn, folder):

@@ -73,7 +73,7 @@ def register_command(
     from ..inference.register import register
     from ..report import registration_picture
     from ..transforms import Grid, to_displacement, warp_volume, write_transform
-    from ..volume import check_outputs, write_volume
+    from ..volume import check_outputs, laid_on, write_volume
 
     if bool(moving_labels) != bool(labels_out):
         raise ArgumentError("--moving-labels and --labels-out go together", "give both")
@@ -97,7 +97,9 @@ def register_command(
     check_directions(transform_out, grid)
     check_directions(save_inverse, back)
     labels = read_scan(moving_labels) if moving_labels else None
-    labels = on_film(labels, moved) if labels and is_film(moving) else labels
+    film = isinstance(recipe, FilmPreprocessing)
+    if labels:
+        labels = on_film(labels, moved) if film else laid_on(labels, "the label map", moved, "the moving scan")
     with progress_bar("register") as progress:
         found = register(
             moved,
@@ -124,7 +126,7 @@ def register_command(
         carried = warp_volume(labels, found.displacement_mm, grid, nearest=True)
         write_film(carried, labels_out, like=labels.data.dtype, overwrite=overwrite)
     if picture:
-        film, title = isinstance(recipe, FilmPreprocessing), f"{moving.name} on {fixed.name}"
+        title = f"{moving.name} on {fixed.name}"
         registration_picture(still, moved, found, picture, film=film, title=title)
     show(found.report | {"outputs": [str(path) for path in outputs if path]}, as_json)
 
@@ -179,7 +181,7 @@ def warp_command(
     border, and a warning says so.
     """
     from ..film import is_film, known_size, read_scan, write_film
-    from ..transforms import Chain, Grid, read_points, read_transform, warp_volume, write_points
+    from ..transforms import Chain, Displacement, Grid, read_points, read_transform, warp_volume, write_points
     from ..volume import InputWarning, check_outputs
 
     if bool(scan) == bool(points) or (scan and (lps or not fixed)) or (points and labels):
@@ -205,7 +207,8 @@ def warp_command(
         write_film(volume, output, like=source.data.dtype, overwrite=overwrite)
         show({"output": str(output), "shape": list(volume.shape)}, as_json)
     elif points:
-        table = read_points(points, lps=lps, film=bool(films))
+        flat = any(isinstance(one, Displacement) and one.grid.shape[2] == 1 for one in transforms)
+        table = read_points(points, lps=lps, film=flat or bool(films))
         moved = transform.map(table.points_mm)
         write_points(table._replace(points_mm=moved.points_mm), output, lps=lps, overwrite=overwrite)
         facts = {"output": str(output), "points": len(table.rows)}

@@ -35,7 +35,7 @@ from .features import body, mask_on_grid, preprocessing_of, recipe_of, repeated
 from .refine import Images, Progress, fit, fit_affine
 from .sliding import device_of, evaluate, ready_copy
 
-MAX_VOXELS = 176**3  # of the grid that is matched on; larger scans are matched at a coarser spacing
+MAX_VOXELS = 176**3  # of a grid that is matched on; larger scans are matched at a coarser spacing
 # Chosen with the embedded CT model on pairs of the chests that its training saw.
 PASSES = 4  # of the matching heads at most, where no fit follows
 SMOOTHING = 1.25  # voxels, of their displacement
@@ -58,7 +58,8 @@ class Registration:
     warped: the moving scan on the fixed one's grid, resampled once.
     displacement_mm: the whole transform on the fixed scan's grid; `transforms.write_transform` writes it for ITK.
     affine: the affine part, world to world, from what lays the scans over each other on.
-    jacobian: local volume change on the fixed scan's grid; at most 0 where the map folds.
+    jacobian: local volume change on the fixed scan's grid, of films that of area beyond what lays frame on frame; at
+        most 0 where the map folds.
     report: ncc_before (as the headers have it, films frame on frame), ncc_start (laid over each other), ncc_after: mean
         local squared correlation in [0, 1]; folded: share of voxels; displacement_mm: mean, of films beyond what lays
         frame on frame; unit: "mm", or "pixels" for a fixed film of unknown pixel size, which count as 1 mm; answer:
@@ -138,14 +139,15 @@ def register(
     grid = Grid.of(pair.fixed)
     merged = to_displacement(Chain((displacement_from_voxels(displacement, pair.on_fixed), start)), grid)
     warped = warp_volume(pair.moving, merged, grid)
-    volume_change = jacobian(merged)
+    beyond = _beyond(merged, frames) if pair.ndim == 2 else merged
+    volume_change = jacobian(beyond)
     before = pair.read(pair.on_moving.image, frames)
     report = {
         "ncc_before": correlation(before, target, counted),
         "ncc_start": correlation(image, target, counted),
         "ncc_after": correlation(moved(image, displacement), target, counted),
         "folded": float((volume_change.data <= 0).mean()),
-        "displacement_mm": _length(merged, frames if pair.ndim == 2 else None),
+        "displacement_mm": float(np.linalg.norm(beyond.field_mm, axis=-1).mean()),
         "overlap": overlap,
         "answer": answer,
         "unit": "pixels" if pair.ndim == 2 and not known_size(pair.fixed) else "mm",
@@ -217,8 +219,8 @@ def made_ready(fixed: Scan, moving: Scan, fixed_mask: Scan | None, moving_mask: 
     else:
         recipe = preprocessing_of(model)
         fixed, moving = (read_for(scan, recipe) for scan in (fixed, moving))
-        on_fixed = prepare(fixed, replace(recipe, spacing_mm=_spacing(fixed, recipe)))
-        on_moving = prepare(moving, replace(recipe, spacing_mm=on_fixed.spacing_mm))
+        recipe = replace(recipe, spacing_mm=_spacing(fixed, moving, recipe))
+        on_fixed, on_moving = prepare(fixed, recipe), prepare(moving, recipe)
     masks = _mask(fixed_mask, on_fixed, recipe), _mask(moving_mask, on_moving, recipe)
     return Pair(fixed, moving, on_fixed, on_moving, masks, together, recipe)
 
@@ -393,11 +395,11 @@ def _centre_mm(prepared: Prepared, weight: Tensor) -> np.ndarray:
     return (prepared.affine @ np.array([*centre, 1.0]))[:3]
 
 
-def _spacing(volume: Volume, recipe: Preprocessing) -> tuple[float, float, float]:
-    """The model's spacing (z, y, x), or a multiple of it where the scan would have more than MAX_VOXELS."""
-    _, own = canonical_view(volume)
+def _spacing(fixed: Volume, moving: Volume, recipe: Preprocessing) -> tuple[float, float, float]:
+    """The model's spacing (z, y, x), or a multiple of it where one of the scans would have more than MAX_VOXELS."""
+    _, own = canonical_view(fixed)
     wanted = np.array(recipe.spacing_mm or own)
-    voxels = np.prod(np.array(volume.shape) * volume.spacing_mm) / np.prod(wanted)
+    voxels = max(np.prod(np.array(one.shape) * one.spacing_mm) for one in (fixed, moving)) / np.prod(wanted)
     z, y, x = (max(1.0, (voxels / MAX_VOXELS) ** (1 / 3)) * wanted).tolist()
     return z, y, x
 
@@ -409,13 +411,12 @@ def _counted(prepared: Prepared, mask: Tensor, model: nn.Module) -> Tensor:
     return inside if inside.any() else masked
 
 
-def _length(displacement: Displacement, frames: Affine | None) -> float:
-    """Mean length of a displacement, mm; of films beyond what lays frame on frame."""
-    moves = displacement.field_mm
-    if frames:
-        points = displacement.grid.points()
-        moves = frames.inverse()(points + moves.reshape(-1, 3)) - points
-    return float(np.linalg.norm(moves, axis=-1).mean())
+def _beyond(displacement: Displacement, start: Affine) -> Displacement:
+    """What a displacement does after another map."""
+    grid = displacement.grid
+    points = grid.points()
+    moves = start.inverse()(points + displacement.field_mm.reshape(-1, 3)) - points
+    return Displacement(moves.reshape(*grid.shape, 3).astype(np.float32), grid)
 
 
 def _mask(mask: Scan | None, prepared: Prepared, recipe: Preprocessing | FilmPreprocessing) -> Tensor:

@@ -68,6 +68,8 @@ class GVSL(OnBackbone):
             if name != "unet":
                 initialise(child, generator)
         for output in (self.fc_rot, self.fc_scl, self.fc_trans, self.fc_shear, self.out_flow):
+            if output.weight.is_meta:  # as `initialise` leaves it
+                continue
             nn.init.normal_(output.weight, std=IDENTITY_SD, generator=generator)
             nn.init.zeros_(output.bias)  # type: ignore[arg-type]
 
