@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -38,6 +39,7 @@ HEAD_OF: dict[str, Head] = {  # part of the whole module -> head, as released
     "res_conv": "restoration",
 }
 OTHER_MODEL = "only the U-Net of GVSL and GEMINI with its heads and the released XMorpher network are converted"
+MATCHING = {"affine", "deformable"}  # heads whose numbers say another geometry in the released code
 UNKNOWN = (
     "Research only, not a medical device. The file does not say its modality (the one given here is a guess), the "
     "intensities and the spacing that it expects, the data that it was trained on, or its licence."
@@ -101,7 +103,7 @@ def convert(
     Raises: WeightsError for a file that is damaged, holds code or is another model, RegistryError for an unknown name,
         SourceError where `dst` cannot be written.
     """
-    source, target = Path(src), Path(dst)
+    source, target = Path(src).expanduser(), Path(dst).expanduser()
     entry = None if name is None else model_info(name)
     with _explained(source):
         _check_target(source, target, overwrite)
@@ -115,6 +117,9 @@ def convert(
         entry = checked_entry(entry, content) if entry else _generic_entry(source, content)
         tensors = read_tensors(source, wrapper, names, claims)
         source_sha256 = sha256_of(source)
+    if MATCHING & set(content.heads):
+        doubt = f"{source.name}: matching heads that the released code trained answer in its own axes and units"
+        warnings.warn(f"{doubt}, which register() does not know; those of this package are fine", stacklevel=2)
     layout = ([short(wrapper)] if wrapper else []) + [f"{prefix}." for prefix in PREFIXES if _has_part(state, prefix)]
     layout += [f"{short(part)}." for part in shared]
     if content.architecture == "unet" and not content.heads:

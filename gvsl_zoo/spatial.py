@@ -32,8 +32,11 @@ def identity_grid(shape: Sequence[int], like: Tensor) -> Tensor:
 def sample(image: Tensor, coordinates: Tensor, *, mode: str = "bilinear", padding: str = "zeros") -> Tensor:
     """Read `image` (B, C, *shape) at voxel `coordinates` (B, n, *out): (B, C, *out).
 
-    mode: "bilinear" (linear along every axis) or "nearest". padding: "zeros" or "border" outside the image.
+    mode: "bilinear" (linear along every axis) or "nearest", which keeps the type of whole numbers. padding: "zeros" or
+    "border" outside the image.
     """
+    if mode == "nearest" and not image.is_floating_point():  # float32 rounds labels beyond 2^24
+        return sample(image.double(), coordinates.double(), mode=mode, padding=padding).to(image.dtype)
     sizes = _vector(image.shape[2:], coordinates).view(1, -1, *[1] * (coordinates.ndim - 2))
     unit = coordinates.flip(1).mul_(2).add_(1).div_(sizes.flip(1)).sub_(1)  # centres lie half a voxel inside [-1, 1]
     grid = unit.movedim(1, -1)  # grid_sample wants (x, y, z) last
@@ -79,7 +82,7 @@ def warp(moving: Tensor, displacement: Tensor, *, mode: str = "bilinear") -> Ten
     Args:
         moving: image, (B, C, *shape).
         displacement: offsets in voxels, (B, n, *shape), channels in index order (z, y, x).
-        mode: "bilinear" (linear along every axis), or "nearest" for label maps.
+        mode: "bilinear" (linear along every axis), or "nearest" for label maps, which keep their type.
 
     Returns: warped image, (B, C, *shape); zero outside the field of view.
     Source: He et al. 2023, app. D.3.

@@ -986,6 +986,8 @@ def _interpolated(planes: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Planes of float32, (N, H, W) -> (N, *size); those that keep their size are handed through."""
     if planes.shape[1:] == tuple(size):
         return planes
+    if planes.shape[2] == size[1] == 1:  # which PyTorch's kernel repeats its first row in
+        return _interpolated(planes.transpose(1, 2).contiguous(), (1, size[0])).transpose(1, 2)
     return F.interpolate(planes[None], tuple(size), mode="bilinear", antialias=True)[0]
 
 

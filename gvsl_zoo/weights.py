@@ -176,6 +176,8 @@ def _slot(name: str, claim: dict[str, Any], data_start: int) -> TensorSlot:
         raise WeightsError(f"tensor {name[:80]!r} has {len(shape)} axes or more elements than any tensor can")
     if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
         raise WeightsError(f"tensor {name!r} has a negative or fractional size")
+    if math.prod(max(n, 1) for n in shape) >= 2**63:  # strides of an empty one
+        raise WeightsError(f"tensor {name[:80]!r} of shape {shape} is larger than any tensor can be")
     if end - start != math.prod(shape) * dtype.itemsize:
         raise WeightsError(f"tensor {name[:80]!r} of shape {shape} claims {end - start} bytes")
     return TensorSlot(dtype, shape, data_start + start, data_start + end)

@@ -110,7 +110,9 @@ def load(  # type: ignore[misc]  # the settings of the overloads are these
 
     Args:
         name: a name of the registry (see `list_models`); `hf-hub:org/repo` or `hf-hub:org/repo@revision`; or the path
-            of a `.safetensors` file or of a folder with `model.safetensors`, as `save_pretrained` writes them.
+            of a `.safetensors` file or of a folder with `model.safetensors`, as `save_pretrained` writes them. Float32
+            weights stay in the file, mapped: while they are in use, replace it by another file, as `save_pretrained`
+            does, and do not write into it.
         task: "backbone" (dense features), "segmentation" or "classification" (a fresh head for `num_classes`, or
             without it the trained one of the file, with the classes `entry.labels`), "registration" or "pretraining"
             (the whole module with all its heads).
@@ -151,7 +153,7 @@ def load(  # type: ignore[misc]  # the settings of the overloads are these
     if file is None:
         report = LoadReport("random initialisation", None, 0, (), tuple(model.state_dict()), None)
     else:
-        report = _fill(model, file, sha256, trained=task == entry.trained_head and num_classes is None)
+        report = _fill(model, file, sha256, own, trained=task == entry.trained_head and num_classes is None)
     if num_classes is not None and entry.labels:  # the file's labels are not those of the new head
         entry = replace(entry, heads=(), labels=())
     if frozen:
@@ -171,7 +173,7 @@ def resolve_device(device: torch.device | str) -> torch.device:
         return available[0]
     try:
         wanted = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ArgumentError(f"unknown device {device!r}", "use auto, cpu, cuda, cuda:N or mps") from None
     if wanted == torch.device("cpu", 0):  # accelerate's name for it in several processes
         wanted = torch.device("cpu")
@@ -265,7 +267,8 @@ def _parse_entry(text: str, path: Path) -> ModelEntry:
         data = json.loads(text)
     except (ValueError, RecursionError):
         raise WeightsError(f"{path} has an unreadable entry", "save it again with gvsl_zoo.save_pretrained") from None
-    scans = (data.get("ledger") or {}).get("scans") if isinstance(data, dict) else None
+    ledger = data.get("ledger") if isinstance(data, dict) else None
+    scans = ledger.get("scans") if isinstance(ledger, dict) else None
     if len(text) - len(json.dumps(scans)) > LONGEST_ENTRY:
         raise WeightsError(f"{path} has an entry of {len(text)} characters", "save it again with save_pretrained")
     try:
@@ -314,7 +317,9 @@ def build(
                 return GEMINI(backbone, device=device)
             return GVSL(backbone, affine_width=affine_width, device=device)
         return backbone
-    except (TypeError, RuntimeError) as error:
+    except ArgumentError:
+        raise
+    except (TypeError, RuntimeError, ValueError) as error:
         cause = f"no {entry.architecture} can be made with the config {entry.config} of {entry.name}: {error}"
         raise WeightsError(cause, NEWER) from None
 
@@ -325,10 +330,12 @@ def _backbone(model: nn.Module) -> Backbone:
     return backbone
 
 
-def _fill(model: nn.Module, file: WeightsFile, sha256: str | None, *, trained: bool = False) -> LoadReport:
+def _fill(
+    model: nn.Module, file: WeightsFile, sha256: str | None, own_chans: int, *, trained: bool = False
+) -> LoadReport:
     """Put the file's tensors into a module on the meta device, and draw what no file holds: a new head.
 
-    trained: the head is the file's.
+    own_chans: image channels of the file's model. trained: the head is the file's.
     """
     target: nn.Module = model if isinstance(model, WholeModule) or trained else _backbone(model)
     ours = WHOLE_MODULE if isinstance(target, WholeModule) else BESIDE_HEAD if trained else ""
@@ -339,7 +346,8 @@ def _fill(model: nn.Module, file: WeightsFile, sha256: str | None, *, trained: b
     if not _backbone(model).has_decoder:
         names = {name: names[name] for name in target.state_dict().keys() & names.keys()}
     tensors = {name: file.tensor(slot) for name, slot in names.items()}
-    _spread_channels(tensors, _backbone(model), ours)
+    if own_chans == 1:
+        _spread_channels(tensors, _backbone(model), ours)
     assign(target, tensors, str(file.path))
     fresh: tuple[str, ...] = ()
     if isinstance(model, HeadedModel) and not trained:
@@ -355,8 +363,9 @@ def check_fit(entry: ModelEntry, file: WeightsFile) -> LoadReport:
 
     Raises: WeightsError listing what is missing, left over or misshapen.
     """
-    model = build(entry, widest_task(entry), in_chans=entry.config.get("in_chans", 1), device="meta")
-    return _fill(model, file, None, trained=entry.trained_head is not None)
+    own = entry.config.get("in_chans", 1)
+    model = build(entry, widest_task(entry), in_chans=own, device="meta")
+    return _fill(model, file, None, own, trained=entry.trained_head is not None)
 
 
 def widest_task(entry: ModelEntry) -> str:
@@ -369,7 +378,7 @@ def widest_task(entry: ModelEntry) -> str:
 def _spread_channels(tensors: dict[str, Tensor], backbone: Backbone, prefix: str) -> None:
     """Divide the weights of a one-channel input among `in_chans` channels."""
     name = prefix + backbone.input_weight
-    if backbone.in_chans > 1 and name in tensors and tensors[name].shape[1] == 1:
+    if backbone.in_chans > 1 and name in tensors and tensors[name].shape[1:2] == (1,):
         tensors[name] = tensors[name].float().repeat_interleave(backbone.in_chans, 1) / backbone.in_chans
 
 
@@ -496,7 +505,8 @@ def _check_head(model: HeadedModel, entry: ModelEntry) -> None:
     if not model.backbone.has_decoder:
         raise ArgumentError(
             f"a {type(model).__name__} without its backbone's decoder cannot be saved",
-            "make it as ClassificationModel(load(name), num_classes), from a whole backbone",
+            "put it into a whole one: whole = ClassificationModel(load(name), num_classes); "
+            "whole.load_state_dict(model.state_dict(), strict=False)",
         )
 
 

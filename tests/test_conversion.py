@@ -158,6 +158,13 @@ def test_what_wraps_a_model_is_taken_off_and_told(wrapped, layout, left_out, hea
     assert same(load(dst, task="pretraining" if heads else "backbone").state_dict(), model.state_dict())
 
 
+@pytest.mark.parametrize("heads", [False, True], ids=["unet", "whole"])
+def test_matching_heads_that_may_answer_in_another_geometry_are_warned_of(heads, put, dst, recwarn):
+    convert(put(small(heads=heads).state_dict()), dst)
+    told = ["matching heads that the released code trained" in str(one.message) for one in recwarn]
+    assert told == [True] * heads
+
+
 def test_a_training_loops_file_gives_its_model_and_says_what_it_left(put, dst):
     model = small(heads=False)
     optimiser = torch.optim.Adam(model.parameters())

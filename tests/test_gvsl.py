@@ -7,11 +7,13 @@ import json
 import pytest
 import torch
 from formula import DATA, assert_as_recorded, image, recorded, rnd
+from torch import nn
 
 from gvsl_zoo.errors import ArgumentError
 from gvsl_zoo.losses import local_ncc_loss, restoration_loss, smoothness_loss
 from gvsl_zoo.models.gvsl import GVSL, released_affine_warp, released_warp
 from gvsl_zoo.models.unet import UNet
+from gvsl_zoo.models.xmorpher import XMorpher
 from gvsl_zoo.pretrain.config import PretrainConfig
 from gvsl_zoo.pretrain.objective import Batch, Pretraining
 from gvsl_zoo.spatial import affine_warp, compose, warp
@@ -274,3 +276,16 @@ def test_matching_on_a_gpu_is_that_on_the_cpu():
         there = model.cuda()(fixed.cuda(), moving.cuda())
     for ours, theirs in zip(here, there, strict=True):
         torch.testing.assert_close(theirs.cpu(), ours, rtol=0.05, atol=0.05)  # convolutions may run in TF32
+
+
+@pytest.mark.parametrize("width", range(8, 136, 8))
+def test_every_width_that_a_backbone_takes_has_heads(width):
+    for ndim in (2, 3):
+        assert GVSL(UNet(ndim, width, device="meta"), device="meta").unet.num_features == width
+    if width % 16 == 0:
+        GVSL(XMorpher(2, width, device="meta"), device="meta")
+
+
+def test_groups_are_those_of_the_released_model_where_its_width_has_them():
+    groups = [layer.num_groups for layer in UNet(2, 32, device="meta").modules() if isinstance(layer, nn.GroupNorm)]
+    assert set(groups) == {4, 8, 16, 32, 64}

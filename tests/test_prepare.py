@@ -304,6 +304,8 @@ def test_every_faulty_file_is_quarantined_with_its_cause(tmp_path, scans):
         (scans / f"{name}.nii.gz").write_bytes(raw)
     (scans / "gone.nii").symlink_to("nowhere")
     save(scans / "flat.nii", np.full((8, 8, 8), -1000, np.int16))
+    affine = np.diag([1.5, 1.5, 3, 1])  # resampled, which leaves rounding
+    nib.save(nib.Nifti1Image(np.full((40, 40, 30), -999, np.int16), affine), scans / "level.nii")
     save(scans / "bright.nii", np.linspace(1100, 1900, 512).astype(np.int16).reshape(8, 8, 8))
     save(scans / "line\nbreak.nii", phantom(7))
     report = prepare_store(scans, tmp_path / "s", most_bad=1.0)
@@ -313,9 +315,10 @@ def test_every_faulty_file_is_quarantined_with_its_cause(tmp_path, scans):
             raise VolumeError(causes.pop(f"{name}.nii.gz"))
     assert causes.pop("gone.nii") == "No such file or directory"
     assert causes.pop("flat.nii").startswith("an empty image: values from -1000 to -1000 HU become all the same")
+    assert causes.pop("level.nii").startswith("an empty image: values from -999 to -999 HU")
     assert causes.pop("bright.nii").startswith("an empty image: values from 1100 to 1900")
     assert causes.pop("line\nbreak.nii") == "a line break in the name"
-    assert not causes and report.volumes == 5 and report.quarantined == len(CONTENTS) + 4
+    assert not causes and report.volumes == 5 and report.quarantined == len(CONTENTS) + 5
 
 
 def test_doubtful_files_are_used_and_noted(tmp_path, scans):

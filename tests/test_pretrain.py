@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -476,7 +477,10 @@ def test_a_run_may_start_from_weights_that_exist(tmp_path):
     untouched = {name: tensor.clone() for name, tensor in start.state_dict().items()}
     loop.pretrain(settings(1, learning_rate=0), tmp_path, device="cpu", init=start)
     assert same(load(tmp_path, task="pretraining").state_dict(), untouched)
-    with pytest.raises(ArgumentError, match="other tensors than a run of width 8, affine_width 8"):
+    with pytest.raises(
+        ArgumentError,
+        match="other tensors than a run of objective gvsl, ndim 3, backbone unet, width 8, affine_width 8",
+    ):
         loop.pretrain(settings(1), tmp_path / "wide", device="cpu", init=GVSL(UNet(3, 16)))
 
 
@@ -1515,6 +1519,7 @@ def test_the_command_trains_by_a_recipe(tmp_path):
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     made = asdict(recipes.read_recipe("gvsl-unet-ct-nano-contrast").settings)
     changed = {"steps": 1, "batch_size": 1, "crop": [16, 16, 16], "spacing_mm": 12.0, "affine_width": 8, "bf16": False}
+    changed["ramp_steps"] = 0  # a third of the run
     assert settings == json.loads(json.dumps(made)) | changed
     resumed = command(*call, "--resume")
     assert resumed.exit_code == 0, resumed.output
@@ -1531,21 +1536,25 @@ def test_the_command_trains_by_a_recipe(tmp_path):
         ("gvsl-xmorpher-ct-nano", None, "settings", None),
     ],
 )
-@pytest.mark.parametrize("steps", [7, None])
+@pytest.mark.parametrize("steps", [70, None])
 def test_a_run_by_a_recipe_starts_where_that_did_unless_told_otherwise(
     tmp_path, monkeypatch, name, given, run, start, steps
 ):
     taken = {}
-    monkeypatch.setattr("gvsl_zoo.zoo.load", lambda name, task: name)
+    monkeypatch.setattr("gvsl_zoo.zoo.load", lambda name, task: f"loaded {name}")
     monkeypatch.setattr("gvsl_zoo.pretrain.run.finished", lambda out: {})
-    monkeypatch.setattr(
-        loop, "pretrain", lambda config, *others, init, **options: taken.update(config=config, init=init)
-    )
+
+    def note(config, *others, init, **options):
+        taken.update(config=config, init=init and init())
+
+    monkeypatch.setattr(loop, "pretrain", note)
     others = [*(["--init", given] if given else []), *(["--steps", steps] if steps else [])]
     result = command("--recipe", name, *others, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     made = getattr(recipes.read_recipe(name), run)
-    assert taken == {"config": replace(made, steps=steps or made.steps), "init": start}
+    ramp = made.ramp_steps * steps // made.steps if steps else made.ramp_steps
+    expected = replace(made, steps=steps or made.steps, ramp_steps=ramp)
+    assert taken == {"config": expected, "init": start and f"loaded {start}"}
 
 
 def test_a_run_without_a_recipe_takes_steps(tmp_path):
@@ -1564,7 +1573,67 @@ def test_a_recipe_beside_a_preset_or_of_a_model_without_one_is_refused(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_goes_on_needs_its_start_no_more_and_a_dry_run_looks_at_it(tmp_path):
+    begin = ["--init", tmp_path / "start", "--steps", 2, "--save-every", 1, *SMALL]
+    assert command("--out", tmp_path / "start", "--steps", 1, *SMALL).exit_code == 0
+    assert command("--out", tmp_path / "run", *begin).exit_code == 0
+    refused = command("--out", tmp_path / "other", *begin, "--set", "width=16", "--dry-run")
+    assert refused.exit_code == 2 and "other tensors than a run of objective gvsl, ndim 3, backbone unet, width 16" in (
+        refused.stderr
+    )
+    (tmp_path / "start" / "model.safetensors").unlink()
+    resumed = command("--out", tmp_path / "run", *begin, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert load(tmp_path / "run").entry.base_model == "gvsl-start"
+
+
+def test_a_folder_of_scans_tells_what_of_it_cannot_be_used_or_is_odd(tmp_path):
+    values = np.random.default_rng(0).integers(-1000, 400, (3, 20, 20, 20)).astype(np.int16)
+    (tmp_path / "scans").mkdir()
+    for name, image in (("a", values[0]), ("b", values[1]), ("labels", values[2] > 0)):
+        nib.save(
+            nib.Nifti1Image(image.astype(np.int16), np.diag([12.0, 12, 12, 1])), tmp_path / "scans" / f"{name}.nii"
+        )
+    (tmp_path / "scans" / "junk.nii").write_bytes(b"junk")
+    result = command("--data", tmp_path / "scans", "--out", tmp_path / "run", "--steps", 1, *SMALL)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"warning: files that cannot be used: 1, see \S+quarantine\.jsonl", result.stderr)
+    assert re.search(r"warning: files that are odd, as label maps are: 1, see \S+notes\.jsonl", result.stderr)
+
+
+def test_films_have_the_size_of_the_recipe(tmp_path):
+    from PIL import Image
+
+    (tmp_path / "films").mkdir()
+    for name in "abc":
+        pixels = np.random.default_rng(ord(name)).integers(0, 255, (48, 40)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "films" / f"{name}.png")
+    config = PretrainConfig(1, ndim=2, crop=(16, 16), affine_width=8)
+    real = open_data(str(tmp_path / "films"), config, tmp_path / "run", film_size=32)
+    assert real.store.format.size == 32
+    with pytest.raises(ArgumentError, match="films of 32 pixels an axis for a run on 64; prepare it with --size 64"):
+        open_data(str(tmp_path / "run" / "store"), config, None, film_size=64)
+    loop.pretrain(config, tmp_path / "run", real, device="cpu")
+    assert load(tmp_path / "run").entry.input.size == (32, 32)
+
+
+def test_a_disk_that_is_full_for_tensorboard_is_left_to_the_checkpoint_to_tell(tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, *_, **__):
+            pass
+
+        def add_scalar(self, *_):
+            raise OSError(28, "No space left on device")
+
+        close = add_scalar
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Full)
+    train(tmp_path, 1)
+    assert (tmp_path / "model.safetensors").exists()
+
+
 def test_a_transformer_of_a_recipe_keeps_its_width():
+    assert settings_of({"width": 24}, 1, {"backbone": "xmorpher"}, ("width=16",)).width == 16
     made = asdict(recipes.read_recipe("gvsl-xmorpher-ct-nano").settings)
     assert settings_of(made, 5, {"backbone": "xmorpher"}) == PretrainConfig(**made | {"steps": 5})
 
@@ -1634,7 +1703,10 @@ def test_facts_are_printed_by_the_first_process_alone(name, tmp_path, monkeypatc
         (["--set", "checkpointing=off"], "checkpointing 'off' in the settings of a run; give true or false"),
         (["--set", "ndim=both"], "ndim 'both' in the settings of a run; give a whole number"),
         (["--set", "learning_rate=-1"], "learning_rate -1 in the settings of a run"),
-        (["--init", "gvsl-unet-ct-nano"], "other tensors than a run of width 8, affine_width 8"),
+        (
+            ["--init", "gvsl-unet-ct-nano"],
+            "other tensors than a run of objective gvsl, ndim 3, backbone unet, width 8, affine_width 8",
+        ),
         (["--device", "tpu"], "device 'tpu' for a run"),
     ],
     ids=lambda a: " ".join(a) if isinstance(a, list) else "",

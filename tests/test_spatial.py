@@ -76,6 +76,13 @@ def test_a_zero_displacement_is_the_identity(shape, mode):
     torch.testing.assert_close(warp(x, torch.zeros(2, len(shape), *shape), mode=mode), x, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
+def test_labels_keep_their_type_and_every_number(dtype):
+    labels = torch.tensor([614454277, 2**24 + 1, 7, 0]).to(dtype).view(1, 1, 2, 2)
+    still = warp(labels, torch.zeros(1, 2, 2, 2), mode="nearest")
+    assert still.dtype == dtype and torch.equal(still, labels)
+
+
 @each_axis
 @pytest.mark.parametrize("voxels", [1, -1, 3])
 def test_a_constant_displacement_shifts_by_whole_voxels_and_lets_zeros_in(shape, axis, voxels):

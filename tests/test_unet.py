@@ -280,11 +280,17 @@ def test_checkpointing_runs_every_block_again_in_the_backward_pass():
 
 @pytest.mark.parametrize(
     ("ndim", "shape"),
-    [(3, (1, 2, 16, 16, 16)), (3, (1, 1, 16, 16)), (3, (16, 16, 16)), (2, (1, 3, 16, 16)), (2, (1, 1, 0, 16))],
+    [(3, (1, 2, 16, 16, 16)), (3, (1, 1, 16, 16)), (3, (16, 16, 16)), (2, (1, 3, 16, 16))],
 )
 def test_wrong_axes_or_channels_are_refused(ndim, shape):
     with pytest.raises(ArgumentError, match=r"input has shape .*, but this model takes \(B, C, .*with C = 1"):
         unet(ndim)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 0, 16), (0, 1, 16, 16)])
+def test_an_empty_input_is_refused(shape):
+    with pytest.raises(ArgumentError, match=r"an empty input of shape \(.*; give one image or more"):
+        unet(2)(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("settings", [{"ndim": 1}, {"ndim": 4}, {"width": 4}, {"width": 12}, {"in_chans": 0}])

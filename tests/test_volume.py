@@ -140,6 +140,20 @@ def test_a_resampled_voxel_lies_where_the_affine_says(order, signs, spacing):
     assert placed.data[3, 4, 5] == prepared.image[0, 0, 5, 4, 3]
 
 
+@pytest.mark.parametrize("thin", [0, 1, 2])
+@pytest.mark.parametrize("spacing", [3.7, 0.6])
+def test_a_slice_is_resampled_as_each_of_a_thick_volume_of_its_like(thin, spacing, generator):
+    plane = torch.randn((13, 17), generator=generator).numpy().astype(np.float32)
+    recipe = Preprocessing((spacing,) * 3, unit="arbitrary", window=(-5, 5), scale=(-5, 5))
+    one, many = (quietly(Volume(np.repeat(np.expand_dims(plane, thin), n, thin), np.eye(4)), recipe) for n in (1, 20))
+    axis = 4 - thin  # of (1, 1, z, y, x)
+    expected = many.image.select(axis, many.image.shape[axis] // 2)
+    assert one.image.shape[axis] == 1 or spacing < 1
+    np.testing.assert_allclose(one.image.select(axis, 0), expected, atol=1e-5)
+    back = one.restore((one.image[0, 0] > 0).to(torch.uint8), nearest=True)
+    assert 0.3 < back.data.mean() < 0.7
+
+
 def test_the_edges_of_the_field_of_view_stay_where_they_are():
     affine = turned_affine((1, 2, 0), (-1, 1, -1), 20)
     prepared = quietly(Volume(np.zeros((5, 8, 11), np.uint8), affine), Preprocessing((1.0, 2.0, 4.0)))

@@ -303,7 +303,9 @@ def test_three_hundred_thousand_names_are_refused_unread(put):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("shape", [[0, 2**70], [2**63, 0], [0] * 100, [1] * 100], ids=lambda s: f"{s[:2]}x{len(s)}")
+@pytest.mark.parametrize(
+    "shape", [[0, 2**70], [2**63, 0], [0, 2**62, 2**62], [0] * 100, [1] * 100], ids=lambda s: f"{s[:2]}x{len(s)}"
+)
 def test_a_shape_that_no_tensor_can_have_is_refused(shape, put):
     size = 4 * math.prod(shape)
     with pytest.raises(WeightsError, match="'a'"):

@@ -680,8 +680,13 @@ def test_of_a_trained_model_the_backbone_alone_has_no_labels(tmp_path):
 
 def test_a_head_without_the_decoder_of_its_backbone_is_not_saved(tmp_path):
     model, entry = load(NANO, task="classification", num_classes=2), headed("classification")[1]
-    with pytest.raises(ArgumentError, match=r"without its backbone's decoder cannot be saved; make it as Classif"):
+    with pytest.raises(ArgumentError, match=r"without its backbone's decoder cannot be saved; put it into a whole one"):
         save_pretrained(model, tmp_path, entry=entry)
+    whole = ClassificationModel(load(NANO), 2)
+    assert not whole.load_state_dict(model.state_dict(), strict=False).unexpected_keys  # as the remedy says
+    save_pretrained(whole, tmp_path, entry=entry)
+    x = noise(1, 1, 32, 32, 32)
+    assert torch.equal(load(tmp_path, task="classification")(x), model.eval()(x))
 
 
 def test_without_pretraining_a_trained_model_gives_its_shape(tmp_path):
@@ -731,6 +736,8 @@ UNKNOWN = r"no unet can be made with the config .*; upgrade gvsl-zoo if a newer 
         ({"device": "cpu"}, UNKNOWN),
         ({"decoder": False}, UNKNOWN),
         ({"in_chans": "a"}, "in_chans='a'"),
+        ({"in_chans": 3}, "does not fit"),
+        ({"in_chans": 400_000}, "does not fit"),
     ],
     ids=str,
 )
@@ -853,6 +860,7 @@ def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
         ),
         ("./nothing", {}, WeightsError, "nothing cannot be read: No such file"),
         ("a/" + "b" * 5000, {}, WeightsError, "cannot be read: File name too long"),
+        (NANO, {"device": None}, ArgumentError, "unknown device None; use auto, cpu"),
         (NANO, {"dtype": "float16"}, ArgumentError, "dtype 'float16'; .*give torch's float32, float16 or bfloat16"),
         (NANO, {"in_chans": "3"}, ArgumentError, "in_chans='3'; give a whole number"),
         (NANO, {"in_chans": 2.5}, ArgumentError, r"in_chans=2\.5; give a whole number"),
@@ -888,7 +896,9 @@ def test_a_file_without_an_entry_is_refused(unet_file):
         load(unet_file[1])
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "7", '{"name": "x"}', "[" * 100_000], ids=lambda t: t[:9])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "7", '{"name": "x"}', '{"ledger": [1]}', '{"ledger": "a"}', "[" * 100_000], ids=lambda t: t[:9]
+)
 def test_a_file_with_a_damaged_entry_is_refused(text, tmp_path):
     write_weights({"a": torch.ones(1)}, tmp_path / "x.safetensors", {METADATA_KEY: text})
     with pytest.raises((WeightsError, RegistryError), match=re.escape(str(tmp_path / "x.safetensors"))):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,19 +125,27 @@ def pretrain_command(
     if preset and recipe:
         raise ArgumentError("both --preset and --recipe", "give one")
     keep_freed_memory()
-    base = PRESETS[preset or "nano"]
-    if recipe:
-        known = read_recipe(recipe)
-        base, init = asdict(known.settings if init else known.runs[0]), init or known.start
-    if not (steps or recipe):
+    known = read_recipe(recipe) if recipe else None
+    if known:
+        made = known.settings if init else known.runs[0]
+        base, init = asdict(made), init or known.start
+        steps = steps or made.steps
+        if made.ramp_steps is not None:
+            base["ramp_steps"] = made.ramp_steps * steps // made.steps
+    elif steps:
+        base = PRESETS[preset or "nano"]
+    else:
         raise click.UsageError("a run takes --steps, or a --recipe, which has its own")
-    config = settings_of(base, steps or base["steps"], named, others)
+    config = settings_of(base, steps, named, others)
     if (out / "checkpoints").exists() and not (resume or dry_run):
         raise ArgumentError(f"{out} holds a run", "add --resume to go on with it, or choose another folder")
-    real = open_data(data, config, None if dry_run else out)
-    start = load(init, task="pretraining") if init else None
+    with progress_bar("prepare") as progress:
+        size = known.film_size if known else None
+        folder = None if dry_run else out
+        real = open_data(data, config, folder, film_size=size, workers=workers, progress=progress)
+    start: Any = partial(load, init, task="pretraining") if init else None
     if dry_run:
-        show(estimate(config, real, device, workers), as_json)
+        show(estimate(config, real, device, workers, start), as_json)
         return
     with training_bar(config.steps) as progress:
         pretrain(config, out, real, device=device, workers=workers, init=start, progress=progress)

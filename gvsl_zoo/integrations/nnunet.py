@@ -101,7 +101,7 @@ def export_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, overwri
     Errors: ArgumentError for a module without a whole U-Net, WeightsError for a file that cannot be written.
     """
     _, backbone = _whole_unet(model)
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.exists() and not overwrite:
         raise WeightsError(f"{path} exists already", "choose another name, or pass overwrite=True")
     weights = {f"backbone.{name}": tensor.detach().cpu().float() for name, tensor in backbone.state_dict().items()}
@@ -133,7 +133,7 @@ def write_plans(
         Warns (InputWarning) where the data set's reader leaves scans in orientations that pre-training never saw.
     """
     entry, backbone = _whole_unet(model)
-    source = Path(plans)
+    source = Path(plans).expanduser()
     if not name or name != Path(name).name:
         raise ArgumentError(f"name={name!r} of the new plans", "give a file's name without a folder and an ending")
     path = source.with_name(f"{name}.json")

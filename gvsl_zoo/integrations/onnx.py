@@ -47,7 +47,7 @@ def export_onnx(
         where onnx or onnxscript is not installed.
     """
     entry, backbone = parts_of(model)
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.exists() and not overwrite:
         raise WeightsError(f"{path} exists already", "choose another name, or pass overwrite=True (--overwrite)")
     if not path.parent.is_dir():

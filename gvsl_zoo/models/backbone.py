@@ -224,7 +224,11 @@ class Backbone(Loaded, nn.Module):
         raise TypeError(f"{type(self).__name__} does not say how its feature maps are computed")
 
     def _padded(self, x: Tensor) -> tuple[Tensor, list[int]]:
-        if x.ndim != self.ndim + 2 or x.shape[1] != self.in_chans or 0 in x.shape:
+        if 0 in x.shape:
+            raise ArgumentError(
+                f"an empty input of shape {tuple(x.shape)}", "give one image or more, of a voxel or more"
+            )
+        if x.ndim != self.ndim + 2 or x.shape[1] != self.in_chans:
             axes = "B, C, D, H, W" if self.ndim == 3 else "B, C, H, W"
             raise ArgumentError(
                 f"input has shape {tuple(x.shape)}, but this model takes ({axes}) with C = {self.in_chans}",
@@ -274,7 +278,7 @@ class Backbone(Loaded, nn.Module):
         return self.requires_grad_(False).eval()
 
     def unfreeze(self) -> Self:
-        """Undo `freeze`."""
+        """Undo `freeze`; what is in evaluation mode stays in it until the next `train()`."""
         self._frozen = False
         return self.requires_grad_(True)
 

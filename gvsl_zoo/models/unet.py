@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from functools import cache
@@ -85,7 +86,7 @@ class DoubleConv(nn.Module):
         for chans in (in_chans, out_chans):
             layers += [
                 CONV[ndim](chans, out_chans, 3, padding=1, device=device),
-                nn.GroupNorm(out_chans // CHANNELS_PER_GROUP or 1, out_chans, device=device),
+                nn.GroupNorm(math.gcd(out_chans, out_chans // CHANNELS_PER_GROUP or 1), out_chans, device=device),
                 nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True),
             ]
         self.double_conv = Layers(*layers)

@@ -335,6 +335,7 @@ class XMorpher(Backbone):
     """Four encoder stages (width x 1, 2, 4, 8; tokens of 4, 8, 16, 32 voxels an axis) and four decoder stages.
 
     An image alone attends to itself, as the released network does when it is given twice: one stream is computed.
+    `torch.compile` takes it with `dynamic=False`: it reasons for minutes about sizes that it does not know.
 
     Args:
         ndim: 2 or 3 spatial axes.

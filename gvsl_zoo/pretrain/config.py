@@ -248,7 +248,7 @@ def settings_of(
     if named.get("ndim") == 2 and values.get("ndim") != 2:
         values |= FILMS
     if changes.get("backbone") == "xmorpher" != values.get("backbone"):
-        values["width"] = XMORPHER_WIDTH[values.get("width", 8)]
+        values["width"] = XMORPHER_WIDTH.get(values.get("width", 8), values.get("width"))
     values |= changes
     if isinstance(values.get("crop"), int):
         values["crop"] = (values["crop"],) * (2 if values.get("ndim") == 2 else 3)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -20,7 +21,7 @@ from torch.utils.data import Dataset
 
 from ..errors import ArgumentError
 from ..spatial import identity_grid
-from ..volume import CT_WINDOW_HU
+from ..volume import CT_WINDOW_HU, InputWarning
 from .anatomy import CANONICAL_MM, Film, Subject, sample_film, sample_subject
 from .bucket import is_url
 from .config import PretrainConfig
@@ -252,10 +253,22 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def open_data(data: str, config: PretrainConfig, out: Path | None) -> PairSource | None:
+def open_data(
+    data: str,
+    config: PretrainConfig,
+    out: Path | None,
+    *,
+    film_size: int | None = None,
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> PairSource | None:
     """Pairs of the scans in a store, a folder or a URL, or in a folder of files, which becomes the store `out`/store.
 
-    None: synthetic.
+    None: synthetic. Warns (InputWarning) of files that cannot be used, or are odd.
+
+    Args:
+        film_size: pixels an axis that films have to have.
+        workers, progress: of `prepare_store`.
 
     Raises: ArgumentError for what is none of these, and for a folder of files without an `out`, or while several
         processes start.
@@ -269,9 +282,29 @@ def open_data(data: str, config: PretrainConfig, out: Path | None) -> PairSource
         if out is None or processes_started() > 1:
             cause = "several processes start" if out else "a dry run writes none"
             raise ArgumentError(f"{data} is no store, and {cause}", "run gvsl-zoo prepare first")
-        prepare_store(Path(data), out / "store", spacing_mm=config.spacing_mm, unit=config.scan_unit, ndim=config.ndim)
+        report = prepare_store(
+            Path(data),
+            out / "store",
+            spacing_mm=config.spacing_mm,
+            unit=config.scan_unit,
+            ndim=config.ndim,
+            size=film_size,
+            workers=max(1, workers),
+            progress=progress,
+        )
+        for count, what, told_in in (
+            (report.quarantined, "cannot be used", report.quarantine),
+            (report.doubtful, "are odd, as label maps are", report.notes),
+        ):
+            if count:
+                warnings.warn(f"files that {what}: {count}, see {told_in}", InputWarning, stacklevel=2)
         data = str(out / "store")
     store = Store(data)
+    if film_size and store.ndim == 2 and store.format.size != film_size:
+        own = f"{store.format.size} pixels an axis" if store.format.size else "their own sizes"
+        raise ArgumentError(
+            f"a store of films of {own} for a run on {film_size}", f"prepare it with --size {film_size}"
+        )
     if store.ndim == config.ndim and store.unit != config.scan_unit:
         cause = f"a store of the unit {store.unit!r} for a run on {config.scan_unit!r}"
         raise ArgumentError(cause, f"say it: --set unit={store.unit}")

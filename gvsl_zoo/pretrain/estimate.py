@@ -14,7 +14,7 @@ import torch
 from ..errors import ArgumentError
 from .config import PretrainConfig
 from .data import PairSource, processes_started
-from .loop import build, pretrain
+from .loop import Start, build, pretrain
 from .run import Record
 
 
@@ -23,7 +23,7 @@ class Enough(Exception):
 
 
 def estimate(
-    config: PretrainConfig, real: PairSource | None, device: str, workers: int, steps: int = 3
+    config: PretrainConfig, real: PairSource | None, device: str, workers: int, init: Start = None, steps: int = 3
 ) -> dict[str, Any]:
     """Time and memory of a run, from a few of its steps as they are after the ramp, which are thrown away.
 
@@ -40,7 +40,7 @@ def estimate(
 
     short = replace(config, steps=steps + 1, save_every=steps + 1, ramp_steps=0)
     with TemporaryDirectory() as folder, suppress(Enough):
-        pretrain(short, Path(folder), real, device=device, workers=workers, progress=note)
+        pretrain(short, Path(folder), real, device=device, workers=workers, init=init, progress=note)
     on_gpu = torch.cuda.is_available() and device != "cpu"
     peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
     step = sorted(seconds)[len(seconds) // 2]

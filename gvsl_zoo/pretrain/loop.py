@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -33,6 +33,7 @@ from .validate import draw_validation, validate
 
 CURVE_RECORDS = 2000  # of the log that are drawn, beside those of a validation
 VALIDATED = '"ncc_after"'  # in the lines of these
+Start = WholeModule | Callable[[], WholeModule] | None
 
 
 def pretrain(
@@ -42,7 +43,7 @@ def pretrain(
     *,
     device: str = "auto",
     workers: int = 0,
-    init: WholeModule | None = None,
+    init: Start = None,
     progress: Callable[[Record], None] | None = None,
 ) -> WholeModule:
     """Train GVSL or GEMINI on synthetic anatomy and, if given, real scans; return the module, in evaluation mode.
@@ -55,7 +56,7 @@ def pretrain(
         real: pairs of real scans.
         device: auto, cpu or cuda.
         workers: processes that draw pairs ahead; 0 draws them in between.
-        init: a module of the same size whose weights are the start.
+        init: a module of the same size whose weights are the start; or what makes one, for a run that does not go on.
         progress: called after every step with what the log receives.
 
     Raises: TrainingError for a loss that is not finite, a folder in use, a full disk or a worker that was killed;
@@ -63,17 +64,21 @@ def pretrain(
         SystemExit(130) after SIGINT, with a checkpoint written; KeyboardInterrupt, without one, after a second SIGINT.
     """
     accelerator = make_accelerator(device)
-    learner = make_learner(build(config, init), config, accelerator)
     pairs_a_step = config.batch_size * config.accumulate * accelerator.num_processes
     main, run, data = accelerator.is_main_process, Run(out, config), fingerprint_of_pairs(real)
+    start = None if any(run.checkpoints.glob("[0-9]*")) else made(init)
+    learner = make_learner(build(config, start), config, accelerator)
 
     with stop_signals() as stop, run.locked() if main else nullcontext():
         accelerator.wait_for_everyone()
         state = run.latest()
+        if init and not (state or start):  # no checkpoint is whole
+            start = made(init)
+            learner = make_learner(build(config, start), config, accelerator)
         first = learner.restore(state, pairs_a_step, data)
         entry = describe(config, out.name, learner.model)
-        entry = replace(state.entry, training=entry.training) if state else with_start(entry, init)
-        entry = replace(entry, ledger=joined(entry.ledger, ledger_of_pairs(real)))
+        entry = replace(state.entry, training=entry.training) if state else with_start(entry, start)
+        entry = with_data(entry, real)
         tasks = [
             accelerator.prepare(torch.compile(task) if config.compile else task) for task in learner.task.children()
         ]
@@ -153,12 +158,17 @@ def build(config: PretrainConfig, init: WholeModule | None) -> WholeModule:
     if init is not None:
         ours, theirs = ({name: t.shape for name, t in m.state_dict().items()} for m in (model, init))
         if ours != theirs:
-            raise ArgumentError(
-                f"the start has other tensors than a run of width {config.width}, affine_width {config.affine_width}",
-                "give the run the settings of the model that it starts from",
-            )
+            names = ("objective", "ndim", "backbone", "width", "affine_width")
+            shape = ", ".join(f"{name} {getattr(config, name)}" for name in names)
+            cause = f"the start has other tensors than a run of {shape}"
+            raise ArgumentError(cause, "give the run the settings of the model that it starts from")
         model.load_state_dict(init.state_dict())
     return model
+
+
+def made(init: Start) -> WholeModule | None:
+    """The module that a run starts from."""
+    return init if isinstance(init, WholeModule | None) else init()
 
 
 def with_start(entry: ModelEntry, init: WholeModule | None) -> ModelEntry:
@@ -169,6 +179,13 @@ def with_start(entry: ModelEntry, init: WholeModule | None) -> ModelEntry:
     weights = f"not stated; made from {base.name} ({base.licence.weights})"
     licence = replace(entry.licence, weights=weights, data=f"not stated; {base.name}: {base.licence.data}")
     return replace(entry, ledger=base.ledger, base_model=base.name, licence=licence)
+
+
+def with_data(entry: ModelEntry, real: PairSource | None) -> ModelEntry:
+    """The entry of a run that sees these scans too, and films of this size."""
+    entry = replace(entry, ledger=joined(entry.ledger, ledger_of_pairs(real)))
+    size = real.store.format.size if isinstance(real, StorePairs) else None
+    return replace(entry, input=replace(entry.input, size=(size, size))) if size else entry
 
 
 def ledger_of_pairs(real: PairSource | None) -> Ledger:
@@ -225,9 +242,7 @@ class Journal:
         if taken.saving:
             record |= validated(model, self.config, hurried)
         self.run.log(record)
-        if self.board is not None:
-            for name, value in record.items():
-                self.board.add_scalar(name, value, step)
+        show(self.board, record)
         if taken.saving:
             self.run.save(State(step, self.pairs_a_step, self.learner.snapshot(), self.entry, self.data))
         if taken.saving and not hurried():
@@ -243,13 +258,31 @@ def validated(model: WholeModule, config: PretrainConfig, hurried: Callable[[], 
     return numbers
 
 
-def tensorboard(out: Path, first: int) -> AbstractContextManager[Any]:
-    """A writer for TensorBoard that goes on after step `first`, or None where it is not installed."""
+@contextmanager
+def tensorboard(out: Path, first: int) -> Iterator[Any]:
+    """A writer for TensorBoard that goes on after step `first`, or None where it is not installed.
+
+    That a disk is full the log and the checkpoints tell.
+    """
     if find_spec("tensorboard") is None:
-        return nullcontext()
+        yield None
+        return
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
+    board: Any = SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
+    try:
+        yield board
+    finally:
+        with suppress(OSError):
+            board.close()
+
+
+def show(board: Any, record: Record) -> None:
+    """Hand the numbers of a step to TensorBoard, where it is installed."""
+    if board is not None:
+        with suppress(OSError):
+            for name, value in record.items():
+                board.add_scalar(name, value, int(record["step"]))
 
 
 def draw_run(model: WholeModule, config: PretrainConfig, out: Path) -> None:

@@ -419,13 +419,14 @@ def _read(path: Path, format: Format) -> tuple[np.ndarray, Record]:
         source, hashed = volume.data, hashing.result()
         lowest, highest = float(source.min()), float(source.max())
         image, spacing, notes = prepared.image[0, 0], prepared.spacing_mm, prepared.warnings
-    if image.min() == image.max():
+    stored = _stored(image, format.unit)
+    if lowest == highest or stored.min() == stored.max():
         raise VolumeError(f"an empty image: values from {lowest:g} to {highest:g} {format.unit} become all the same")
     thin = source[tuple(slice(None, None, max(1, n // 64)) for n in source.shape)]
     if (values := len(np.unique(thin))) < FEW_VALUES:
         notes += (f"only {values} different values: a label map? Choose the scans with a table",)
     facts = {"shape": list(image.shape), "spacing_mm": spacing, "lowest": lowest, "highest": highest, "notes": notes}
-    return _stored(image, format.unit), facts | {"scan_hash": hashed}
+    return stored, facts | {"scan_hash": hashed}
 
 
 def _stored(image: Tensor, unit: str) -> np.ndarray:

@@ -62,6 +62,11 @@ class Run:
         self.checkpoints = folder / "checkpoints"
         self.held = False  # by this process
 
+    def check(self) -> None:
+        """Raise, before any work, the ArgumentErrors of `locked`."""
+        self._check_origin()
+        self._check_settings()
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """The sole right to write here.
@@ -76,6 +81,8 @@ class Run:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".lock", timeout=0):
                 self._check_settings()
+                if not (self.folder / SETTINGS).exists():
+                    self._write_settings()
                 for old in self.checkpoints.glob(".*.old"):  # killed while a checkpoint was replaced
                     with suppress(OSError):  # the new one is in its place
                         old.rename(self.checkpoints / old.name.split(".")[1])
@@ -113,8 +120,6 @@ class Run:
                 raise ArgumentError(
                     f"{self.folder} holds a run with other settings: {listed}", f"give {same}, or use another folder"
                 )
-        else:
-            self._write_settings()
 
     def _write_settings(self) -> None:
         write_whole(self.folder / SETTINGS, json.dumps(asdict(self.config), indent=2).encode())

@@ -29,7 +29,7 @@ from ..models.backbone import Backbone
 from ..models.heads import HeadedModel
 from ..pretrain.data import Numbers, seeded
 from ..pretrain.learner import Learner, Stop, Taken, drawn, make_accelerator, schedule, stop_signals
-from ..pretrain.loop import tensorboard
+from ..pretrain.loop import show, tensorboard
 from ..pretrain.run import Record, Run, State, Tensors, log_lines
 from ..registry import Label, Ledger, ModelEntry
 from ..report import curves_picture
@@ -92,6 +92,8 @@ def finetune(
     ndim = model.backbone.ndim
     crop = entry.input.size if ndim == 2 and config.task == "classification" else config.crop_for(ndim)
     assert crop is not None
+    main, run = accelerator.is_main_process, Run(out, config)
+    run.check()
     cache = {} if cache is None else cache
     train, val = (
         prepare_cases(cases, labels, entry.input, out, complete=data.complete, cache=cache)
@@ -101,7 +103,6 @@ def finetune(
     model.to(accelerator.device)
     if config.mode == "linear":
         train, val = (frozen_features(model, examples, config, crop, out, cache) for examples in (train, val))
-    main, run = accelerator.is_main_process, Run(out, config)
 
     with stop_signals() as stop, run.locked() if main else nullcontext():
         if main:
@@ -363,7 +364,7 @@ class Journal:
         if taken.saving:
             record |= self.validation.of(self.learner.kept, lambda: self.stop.asked and not last)
         self.run.log(record)
-        self.show(record)
+        show(self.board, record)
         if taken.saving:
             self.save(step)
         if self.progress:
@@ -381,7 +382,7 @@ class Journal:
         if scores := self.validation.of(self.learner.kept, lambda: self.stop.asked):
             self.save(step)  # before the log says that these are the best
             self.run.truncate_log(step, record | scores)
-            self.show({"step": step} | scores)
+            show(self.board, {"step": step} | scores)
 
     def save(self, step: int) -> None:
         """Write a checkpoint."""
@@ -390,12 +391,6 @@ class Journal:
             parts["best"] = self.validation.best
         patches = self.validation.config.batch_size * self.learner.accelerator.num_processes
         self.run.save(State(step, patches, parts, self.entry))
-
-    def show(self, record: Record) -> None:
-        """Hand numbers to TensorBoard, where it is installed."""
-        if self.board is not None:
-            for name, value in record.items():
-                self.board.add_scalar(name, value, int(record["step"]))
 
 
 # --- The run's folder ---------------------------------------------------------------------------------------
