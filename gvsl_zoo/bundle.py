@@ -52,13 +52,23 @@ class Content:
         return digest.hexdigest()
 
 
-def write(path: Path, file: WeightsFile, entry: ModelEntry, card: str, record: dict[str, Any] | None = None) -> None:
-    """Write the weights of `file` as a bundle, whole or not at all."""
+def write(
+    path: Path,
+    file: WeightsFile,
+    entry: ModelEntry,
+    card: str,
+    record: dict[str, Any] | None = None,
+    original: bytes | None = None,
+) -> None:
+    """Write the weights of `file` as a bundle, whole or not at all.
+
+    original: header of the file; default its own, which for a bundle is that of the bundle.
+    """
     metadata = {
         "format": "pt",
         METADATA_KEY: json.dumps(entry.to_dict()),
         CARD_KEY: card,
-        ORIGINAL_KEY: file.header.decode(),
+        ORIGINAL_KEY: (original or file.header).decode(),
     }
     if record:
         metadata[RECORD_KEY] = json.dumps(record)

@@ -228,7 +228,12 @@ def _cache(cache_dir: cache.CacheDir) -> Iterator[Check]:
         yield Check("cache", "FAIL", f"{error.filename}: {error.strerror}", "check its permissions, or set HF_HOME")
         return
     if left:
-        yield Check("leftovers", "WARN", f"{len(left)} partial files, {size:.1f} MB", "the next download sweeps them")
+        yield Check(
+            "leftovers",
+            "WARN",
+            f"{len(left)} partial files, {size:.1f} MB",
+            "the next download of the same model sweeps them",
+        )
     try:
         with cache.locked(own):
             free = shutil.disk_usage(own).free

@@ -60,8 +60,11 @@ class HubMeter(Meter):
 
 
 def endpoint() -> str:
-    """The Hub's address, or that of the mirror in HF_ENDPOINT."""
-    return os.environ.get("HF_ENDPOINT", DEFAULT_ENDPOINT).rstrip("/")
+    """The Hub's address, or that of the mirror in HF_ENDPOINT; ArgumentError for one that is no address."""
+    address = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+    if not address.startswith(("http://", "https://")):
+        raise ArgumentError(f"HF_ENDPOINT is {shown(address)!r}", "write it with https:// before it")
+    return address
 
 
 def shown(url: str) -> str:
@@ -133,22 +136,39 @@ def fetch(
     """
     limit = MOST_BYTES if most_bytes is None else most_bytes + download.SPARE_BYTES
     meter = HubMeter(WHERE, limit)
-    path = _download(wanted, meter, cache_dir, token, force=False)
+    with _kept_ref(wanted, cache_dir):
+        path = _download(wanted, meter, cache_dir, token, force=False)
+        try:
+            check(path)
+            return path
+        except WeightsError:
+            path = _download(wanted, meter, cache_dir, token, force=True)
+        try:
+            check(path)
+            return path
+        except WeightsError as error:
+            for wrong in (path.resolve(), path):
+                with suppress(OSError):
+                    wrong.unlink()
+            raise SourceError(
+                f"{WHERE} sent a wrong file twice ({error.cause})", f"{PUBLISHER}; nothing was kept"
+            ) from None
+
+
+@contextmanager
+def _kept_ref(wanted: HubFile, cache_dir: CacheDir) -> Iterator[None]:
+    """Where a branch's new file does not arrive, let the branch be what is cached of it: the client moves it first."""
+    ref = _repo_folder(wanted.repo, cache_dir) / "refs" / wanted.revision
+    before = None
+    with suppress(OSError):
+        before = ref.read_bytes()
     try:
-        check(path)
-        return path
-    except WeightsError:
-        path = _download(wanted, meter, cache_dir, token, force=True)
-    try:
-        check(path)
-        return path
-    except WeightsError as error:
-        for wrong in (path.resolve(), path):
+        yield
+    except BaseException:
+        if before is not None:
             with suppress(OSError):
-                wrong.unlink()
-        raise SourceError(
-            f"{WHERE} sent a wrong file twice ({error.cause})", f"{PUBLISHER}; nothing was kept"
-        ) from None
+                ref.write_bytes(before)
+        raise
 
 
 def _download(wanted: HubFile, meter: HubMeter, cache_dir: CacheDir, token: str | bool | None, *, force: bool) -> Path:
@@ -384,7 +404,7 @@ def push(folder: Path, repo: str, *, token: str | None, private: bool, branch: s
     api = HfApi(endpoint=endpoint(), token=token, **CLIENT)
     with _of_a_push(), _metered(meter), _explained(repo), ExitStack() as files:
         _check_token(token)
-        api.create_repo(repo, private=private, exist_ok=True)
+        api.create_repo(repo, private=private or None, exist_ok=True)  # None: as the organisation says
         if private and not api.repo_info(repo).private:
             raise ArgumentError(f"{repo} exists and is public", "make it private on the Hub, or push without private")
         if branch:

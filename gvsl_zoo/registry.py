@@ -223,6 +223,10 @@ class Digest:
     output: Word
     numbers: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        if len(self.numbers) != 6:
+            raise ValueError(f"expected 6 numbers of a digest, got {len(self.numbers)}")
+
 
 @dataclass(frozen=True)
 class Proof:
@@ -235,7 +239,11 @@ class Proof:
     digests: tuple[Digest, ...]
     tolerance: float
     tolerance_bf16: float
-    spacing_mm: tuple[float, ...] | None = None  # along x, y, z; films have none
+    spacing_mm: tuple[float, float, float] | None = None  # along x, y, z; films have none
+
+    def __post_init__(self) -> None:
+        if not self.digests or min(self.spacing_mm or (1,)) <= 0:
+            raise ValueError("expected one digest or more, and a spacing of positive numbers")
 
 
 @dataclass(frozen=True)
@@ -572,6 +580,14 @@ def _entries() -> dict[str, ModelEntry]:
     return _add(entries, _added, "register_registry()")
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file, as far as one may look."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _named_by_environment() -> list[Path]:
     return [_full(path) for path in os.environ.get("GVSL_ZOO_REGISTRY", "").split(os.pathsep) if path]
 
@@ -579,7 +595,7 @@ def _named_by_environment() -> list[Path]:
 def _files_of_environment() -> list[Path]:
     """Registries that GVSL_ZOO_REGISTRY names, or that lie in the folders it names."""
     named = [(path, path / FILE_NAME if path.is_dir() else path) for path in _named_by_environment()]
-    return [file for path, file in named if file == path or file.exists()]
+    return [file for path, file in named if file == path or is_file(file)]
 
 
 def mirrors() -> list[Path]:

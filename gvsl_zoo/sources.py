@@ -20,8 +20,8 @@ from . import bundle, cache, hub
 from .card import model_card
 from .conversion import checked_entry, convert
 from .download import SPARE_BYTES
-from .errors import ArgumentError, GvslZooError, SourceError, WeightsError
-from .registry import ModelEntry, Source, list_models, mirrors, model_info
+from .errors import ArgumentError, GvslZooError, SourceError, WeightsError, short
+from .registry import ModelEntry, Source, is_file, list_models, mirrors, model_info
 from .weights import WEIGHTS_NAME, WeightsFile, check_content, open_weights, write_whole
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -120,12 +120,12 @@ def candidates(entry: ModelEntry, access: Access) -> Iterator[tuple[str, Callabl
             path = EMBEDDED / str(source.file) if source.kind == "embedded" else Path(str(source.path))
             yield source.kind, lambda path=path, sha=source.sha256: _on_disk(path, sha)  # type: ignore[misc]
     for sha256 in pinned:
-        if (path := cache.stored_path(sha256, access.cache_dir)).is_file():
+        if is_file(path := cache.stored_path(sha256, access.cache_dir)):
             yield "cache", lambda path=path, sha=sha256: _checked(path, sha)  # type: ignore[misc]
     for folder in mirrors():
         if entry.status == "upstream" and _converted(cache.upstream_folder(entry.name, access.cache_dir)):
             break  # it is here already: `_from_drive` takes it, without network
-        if (path := folder / f"{entry.name}.safetensors").is_file():
+        if is_file(path := folder / f"{entry.name}.safetensors"):
             yield f"mirror {folder}", lambda path=path: _from_mirror(path, entry, access)  # type: ignore[misc]
     for kind, where, get in (("hub", hub.WHERE, _from_hub), ("gdrive", "Google Drive", _from_drive)):
         for source in entry.sources:
@@ -145,7 +145,7 @@ def _instead(entry: ModelEntry) -> str:
 
 
 def _on_disk(path: Path, sha256: str) -> Found:
-    if not path.is_file():
+    if not is_file(path):
         remedy = f"bring it back, or from a clone of gvsl-zoo: gvsl-zoo import weights/{path.name}"
         raise NotHere(f"there is no file {path}", remedy)
     return _checked(path, sha256)
@@ -271,9 +271,9 @@ def _converted(folder: Path) -> Found | None:
 def _check_first_seen(entry: ModelEntry, sha256: str, folder: Path) -> None:
     first = _record(folder)
     if first.get("sha256", sha256) != sha256:
+        when = short(str(first.get("first_seen")))
         raise WeightsError(
-            f"the file of {entry.name} has sha256 {sha256}; the one seen first ({first.get('first_seen')}) had "
-            f"{first['sha256']}",
+            f"the file of {entry.name} has sha256 {sha256}; the one seen first ({when}) had {first['sha256']}",
             f"ask its authors; to accept the new file, run gvsl-zoo cache remove {entry.name}",
         )
 
@@ -347,7 +347,7 @@ def _vouched(found: Found, name: str | None) -> tuple[Found, bundle.Content, Mod
     """The original in a bundle, for which the registry's hash or the record of the authors' checkpoint vouches."""
     path, content = found.file.path, bundle.read(found.file)
     if name not in (None, content.name):
-        raise WeightsError(f"{path} holds {content.name}, not {name}", "rename it, or export it again")
+        raise WeightsError(f"{path} holds {short(content.name)}, not {name}", "rename it, or export it again")
     entry = model_info(content.name)
     pinned = _pinned(entry)
     if content.sha256 not in pinned and (pinned or content.record is None or entry.status != "upstream"):
@@ -397,8 +397,12 @@ def export_bundle(name: str, output: Path, access: Access = ANYWHERE, *, overwri
     if path.exists() and path.samefile(file.path):
         raise WeightsError(f"{path} is the file that is to be exported", "choose another place")
     record = _record(cache.upstream_folder(name, access.cache_dir)) if entry.status == "upstream" else None
+    original = None
+    if bundle.ORIGINAL_KEY in (opened := open_weights(file.path)).metadata:  # of a mirror, read where it lies
+        content = bundle.read(opened)
+        record, original = content.record, content.original
     try:
-        bundle.write(path, file, entry.portable(), model_card(entry), record)
+        bundle.write(path, file, entry.portable(), model_card(entry), record, original)
     except OSError as error:
         raise SourceError(f"cannot write {path}: {error.strerror}", "choose another place") from None
     return path

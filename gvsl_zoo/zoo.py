@@ -642,7 +642,8 @@ def push_to_hub(
     Args:
         repo_id: org/repo; made if it does not exist.
         token: with the right to write; default the one that the Hub's client knows.
-        private: of a repository that is made; one that is public already is refused.
+        private: of a repository that is made, which else is as its organisation says, mostly public; one that is public
+            already is refused.
         branch: default main; made if it does not exist.
         beside: the folder that the model was loaded from; its README.md, LICENSE and pictures go along as they are.
 

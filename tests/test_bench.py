@@ -175,6 +175,12 @@ def test_dice_is_that_of_the_evaluation():
     assert found == {"one": pytest.approx(100 * expected[0]), "two": pytest.approx(100 * expected[1]), "nowhere": None}
 
 
+def test_nothing_found_where_nothing_is_is_right(cases, tmp_path):
+    trainings = Trainings(cases, cases, FinetuneConfig(1), {}, tmp_path, "cpu")
+    assert trainings._score(next(iter(cases)), {"a": None, "b": None}) == 100.0
+    assert trainings._score(next(iter(cases)), {"a": 0.0, "b": None}) == 0.0
+
+
 def test_models_of_one_shape_share_their_scratch(tmp_path):
     other, wider = tmp_path / "other", tmp_path / "wider"
     entry = replace(model_info(NANO), heads=(), sources=())

@@ -70,6 +70,23 @@ def test_channels_come_in_the_order_of_their_numbers(tmp_path):
     assert [path.name for path in cases.cases[0].images] == ["a_0000.png", "a_0001.png"]
 
 
+def test_four_digits_beyond_the_channels_are_a_part_of_the_name_of_a_test_case_too(tmp_path):
+    (tmp_path / "dataset.json").write_text(
+        json.dumps({"modality": {"0": "CT"}, "labels": {"0": "background", "1": "a"}})
+    )
+    for name, folders in (("amos_0001", ("imagesTr", "labelsTr")), ("amos_0004", ("imagesTr", "labelsTr"))):
+        for folder in folders:
+            put(tmp_path / folder / f"{name}.nii.gz")
+    for name in ("amos_0002", "amos_0003"):
+        put(tmp_path / "imagesTs" / f"{name}.nii.gz")
+    assert [case.name for case in read_cases(tmp_path)] == ["amos_0001", "amos_0004", "amos_0002", "amos_0003"]
+
+
+def test_a_folder_whose_cases_all_lack_a_channel_is_refused(tmp_path):
+    with pytest.raises(ArgumentError, match="a, b lack some of 2 channels; add the files"):
+        read_cases(nnunet(tmp_path, V2 | {"channel_names": {"0": "CT", "1": "PET"}}))
+
+
 def test_a_folder_of_images_and_labels_is_paired_by_name(tmp_path):
     for name, value in (("scan_0001", 3), ("scan_0002", 0)):  # four digits that are no channel
         put(tmp_path / "images" / f"{name}.nii.gz")

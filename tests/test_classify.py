@@ -140,6 +140,21 @@ def test_one_that_cannot_be_read_stops_no_other(films, tmp_path):
     assert (tmp_path / "p.csv").read_text().splitlines()[1].startswith("good,")
 
 
+def test_the_files_of_channels_are_one_case_each_and_none_may_be_missing(tmp_path):
+    for name in ("a_0000", "a_0001", "b_0000", "b_0001"):
+        (tmp_path / f"{name}.nii.gz").write_bytes(b"")
+    found = scans_at(tmp_path, films=False, channels=2)
+    assert {case: [path.name[:6] for path in paths] for case, paths in found.items()} == {
+        "a": ["a_0000", "a_0001"],
+        "b": ["b_0000", "b_0001"],
+    }
+    assert len(scans_at(tmp_path, films=False)) == 4
+    (tmp_path / "b_0001.nii.gz").unlink()
+    for path in (tmp_path, tmp_path / "a_0000.nii.gz"):
+        with pytest.raises(ArgumentError, match=r"_0000 for a model of 2 channels; give ._0000, ._0001"):
+            scans_at(path, films=False, channels=2)
+
+
 def test_a_folder_a_file_and_a_series_are_told_apart(films, tmp_path):
     folder, data, _ = films
     assert list(scans_at(folder, films=True)) == [f"f{number}" for number in range(6)]

@@ -161,7 +161,7 @@ def test_the_command_takes_a_checkpoint_of_its_own(kind, scan, tmp_path, monkeyp
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
     assert ("(as the model says)" in result.output) == (kind == "safetensors" or "+z +y +x" in result.output)
-    assert [line.partition(":")[0] for line in result.output.splitlines() if line[0] != " "] == QUESTIONS
+    assert [line.partition(":")[0] for line in result.stdout.splitlines() if line[0] != " "] == QUESTIONS
 
 
 def test_the_commands_json_has_every_candidate(scan, tmp_path, monkeypatch):

@@ -354,6 +354,36 @@ def test_a_cached_branch_is_used_whatever_the_answer_and_the_user_is_told(
         assert same(sources.from_hub_name(name, None, sources.ANYWHERE), tensors())
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [hub_server.status(503, on=hub_server.bodies), hub_server.status(404, on=lambda request: request.is_body), None],
+)
+def test_an_update_that_does_not_arrive_leaves_the_cached_state(
+    fault, server, weights, impatient, naps, tmp_path
+):  # D8, D17
+    name = f"hf-hub:{REPO}"
+    sources.from_hub_name(name, None, sources.ANYWHERE)
+    write_weights({"a": torch.full((9,), float("nan"))}, tmp_path / "new", {})  # refused where it arrives
+    server.add(REPO, {WEIGHTS_NAME: (tmp_path / "new").read_bytes()})
+    server.fault = fault
+    for _ in range(2):
+        with pytest.warns(SourceNotice, match="org/model@main: .*: the cached state is used"):
+            assert same(sources.from_hub_name(name, None, sources.ANYWHERE), tensors())
+    assert same(sources.from_hub_name(name, None, sources.Access(local_files_only=True)), tensors())
+
+
+@pytest.mark.parametrize("address", ["hf-mirror.com", "ftp://hub"])
+def test_an_endpoint_that_is_no_address_is_named(address, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    with pytest.raises(ArgumentError, match=f"HF_ENDPOINT is '{address}'; write it with https:// before it"):
+        sources.from_hub_name(f"hf-hub:{REPO}", None, sources.ANYWHERE)
+
+
+def test_an_empty_endpoint_is_the_hub(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "")
+    assert hub.endpoint() == hub.DEFAULT_ENDPOINT
+
+
 def test_a_cached_commit_needs_no_hub(server, weights, recwarn):  # D1
     name = f"hf-hub:{REPO}@{weights[1]}"
     sources.from_hub_name(name, None, sources.ANYWHERE)

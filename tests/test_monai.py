@@ -119,7 +119,10 @@ def test_intensities_are_scaled_as_the_model_s_own_way_in_scales_them(unit, wind
         warnings.simplefilter("ignore")  # CT given as arbitrary units
         expected = prepare(volume, recipe).image[0, 0]
     image = torch.from_numpy(np.ascontiguousarray(volume.data.transpose(2, 1, 0))).float()
-    torch.testing.assert_close(scaled(image, recipe), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scaled(image[None], recipe)[0], expected, rtol=1e-5, atol=1e-5)
+    both = scaled(torch.stack([image, 7 * image + 3]), recipe)  # each channel has its own extremes
+    torch.testing.assert_close(both[0], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(both[1], scaled(7 * image[None] + 3, recipe)[0])
     assert scaled(torch.full((2, 2), 50.0), recipe).isfinite().all()
 
 

@@ -38,6 +38,7 @@ from gvsl_zoo.proof import (
 )
 from gvsl_zoo.registry import Label, ModelEntry
 from gvsl_zoo.volume import Preprocessing
+from gvsl_zoo.weights import METADATA_KEY, write_weights
 from gvsl_zoo.zoo import entry_of, open_weights
 
 ROOT = Path(__file__).parent.parent
@@ -191,6 +192,26 @@ def test_float32_sees_a_window_that_is_a_little_off(proved, monkeypatch):
     model, proof = proved
     monkeypatch.setattr(model, "preprocessing", replace(model.preprocessing, window=(-1000.0, 1000.0)))
     assert max(check(model, proof).values()) > 100 * proof.tolerance
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"digests": []},
+        {"digests": [{"image": "a", "output": "b", "numbers": [1.0]}]},
+        {"spacing_mm": [1.0, 1.0]},
+        {"spacing_mm": [1.0, 0.0, 1.0]},
+    ],
+    ids=str,
+)
+def test_a_proof_that_cannot_be_checked_is_refused_with_its_file(changed, proved, tmp_path):
+    path = save_pretrained(proved[0], tmp_path)
+    file = open_weights(path)
+    entry = json.loads(file.metadata[METADATA_KEY])
+    entry["proof"] |= changed
+    write_weights({name: file.tensor(name) for name in file.slots}, path, {METADATA_KEY: json.dumps(entry)})
+    with pytest.raises(WeightsError, match="proof"):
+        load(path)
 
 
 @pytest.mark.parametrize("axis", [2, 3, 4])

@@ -750,6 +750,21 @@ def test_a_cache_that_cannot_be_written_takes_no_bundle_but_loads(home, nano_bun
     assert load(NANO).entry.name == load(nano_bundle).entry.name == NANO
 
 
+def test_a_bundle_of_a_mirror_that_is_read_where_it_lies_can_be_passed_on(
+    nano_bundle, without_embedded, tmp_path, monkeypatch
+):
+    (tmp_path / "mirror").mkdir()
+    shutil.copy(nano_bundle, tmp_path / "mirror" / f"{NANO}.safetensors")
+    with monkeypatch.context() as patched:
+        patched.setenv("GVSL_ZOO_REGISTRY", str(tmp_path / "mirror"))
+        patched.setenv("HF_HOME", os.devnull)
+        with pytest.warns(SourceNotice):
+            export_bundle(NANO, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == nano_bundle.read_bytes()
+    import_bundle(tmp_path / "again.safetensors")
+    assert stored() == [f"weights/{NANO_SHA256}.safetensors"]
+
+
 def test_a_full_disk_takes_no_bundle_and_nothing_is_left(nano_bundle):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))

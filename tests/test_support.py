@@ -24,7 +24,7 @@ from gvsl_zoo.models.unet import UNet
 from gvsl_zoo.pretrain.anatomy import LABELS as TISSUES
 from gvsl_zoo.pretrain.anatomy import sample_subject
 from gvsl_zoo.registry import Label
-from gvsl_zoo.volume import Preprocessing, Volume
+from gvsl_zoo.volume import InputWarning, Preprocessing, Volume
 
 MM = 7.0
 NAMES = (Label("background", 0), Label("lungs", 3, (1, 2, 3)), Label("heart", 300))
@@ -107,6 +107,18 @@ def test_two_supports_are_two_halves_of_one_fit_and_each_may_lack_a_label() -> N
     assert dice(segment(scan, fitted), labels, 3) > 0.8
     first, second = (fit_support([(scan, labels)], model) for _ in range(2))
     assert torch.equal(first.weight, second.weight) and torch.equal(first.bias, second.bias)
+
+
+def test_a_label_that_no_voxel_of_the_grid_shows_is_warned_of() -> None:
+    scan, labels = subject(1)
+    fine = Volume(
+        np.repeat(np.repeat(np.repeat(scan.data, 4, 0), 4, 1), 4, 2), np.diag([*np.array(scan.spacing_mm) / 4, 1])
+    )
+    small = np.repeat(np.repeat(np.repeat(labels.data, 4, 0), 4, 1), 4, 2)
+    small[1, 1, 1] = 7
+    with pytest.warns(InputWarning, match="no voxel of the model's grid shows 7, which will not be found"):
+        fitted = fit_support([(fine, Volume(small, fine.affine))], unet())
+    assert [label.name for label in fitted.labels] == ["background", "3", "7", "300"]
 
 
 def test_any_module_gives_features() -> None:

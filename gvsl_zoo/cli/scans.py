@@ -223,7 +223,7 @@ def classify_command(source: Path, output: Path | None, overwrite: bool, name: s
     backbone: Any = load(name)
     labels = trained_classes(backbone)
     model = load(name, task="classification", device=device)
-    scans = scans_at(source, films=backbone.ndim == 2)
+    scans = scans_at(source, films=backbone.ndim == 2, channels=backbone.in_chans)
     with progress_bar("classify") as progress:
         found, failed = classify_all(scans, model, progress=progress)
     if output and found:

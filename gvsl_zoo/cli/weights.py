@@ -168,7 +168,7 @@ def import_command(bundle: Path, cache_dir: Path | None, as_json: bool) -> None:
 @main.command("push")
 @click.argument("name")
 @click.argument("repo")
-@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--private", is_flag=True, help="Make a new repository private.  [default: as its organisation says]")
 @click.option("--branch", help="Default main.")
 @click.option("--message", help="Of the commit.")
 @with_json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, VolumeError
+from ..errors import ArgumentError, VolumeError, listed
 from ..film import read_labels
 from ..models.backbone import Backbone, crop, pad_to_multiple
 from ..registry import Label
-from ..volume import Prepared, Preprocessing, Volume, laid_on
+from ..volume import InputWarning, Prepared, Preprocessing, Volume, laid_on
 from .features import WINDOW, backbone_of, preprocessing_of
 from .refine import recorded
 from .segment import Scan, comment_labels, prepare_channels
@@ -99,6 +100,10 @@ def fit_support(supports: Sequence[tuple[Scan, Scan]], model: nn.Module, *, prec
         points = _draw(grid, len(values), generator)
         inputs.append(_features_at(points, prepared, backbone, precision))
         classes.append(grid[tuple(points.T)])
+    drawn = torch.bincount(torch.cat(classes), minlength=len(values))
+    if lost := [label.name for label, count in zip(names, drawn.tolist(), strict=True) if not count]:
+        text = f"no voxel of the model's grid shows {listed(lost)}, which will not be found"
+        warnings.warn(f"{text}; take a model of a finer one", InputWarning, stacklevel=2)
     with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
         weight, bias = _regress(recorded(torch.cat(inputs)), recorded(torch.cat(classes)), len(values))
     bias += PRIOR * (shares / len(pairs)).clamp_min(1e-8).log()

@@ -77,23 +77,27 @@ def with_scaled(case: dict[str, Any], key: str, recipe: Preprocessing) -> dict[s
 
 
 def scaled(image: Tensor, recipe: Preprocessing) -> Tensor:
-    """Intensities clipped to the recipe's window and mapped onto its scale.
+    """Intensities (C, *shape) clipped to the recipe's window and mapped onto its scale, each channel for itself.
 
-    NaN and infinity count as the smallest finite value, with a warning (InputWarning).
+    NaN and infinity count as the smallest finite value of their channel, with a warning (InputWarning).
 
-    Errors: VolumeError for an image without any finite value.
+    Errors: VolumeError for a channel without any finite value.
     """
     finite = image.isfinite()
+    axes = tuple(range(1, image.ndim))
     if not finite.all():
-        if not finite.any():
+        if not finite.flatten(1).any(1).all():
             raise VolumeError("no voxel has a finite value", READ_AGAIN)
-        image = image.where(finite, image[finite].min())
+        image = image.where(finite, image.where(finite, torch.inf).amin(axes, keepdim=True))
         text = f"{int((~finite).sum())} of {finite.numel()} voxels were NaN or infinite and are now the smallest value"
         warnings.warn(text, InputWarning, stacklevel=2)
     floor = 0.0 if recipe.unit == "arbitrary" else -torch.inf
     low, high = (
-        max(floor, float(extreme)) if end is None else end
-        for end, extreme in zip(recipe.window or (None, None), image.aminmax(), strict=True)
+        extreme.clamp(min=floor) if end is None else torch.full_like(extreme, end)
+        for end, extreme in zip(
+            recipe.window or (None, None), (image.amin(axes, keepdim=True), image.amax(axes, keepdim=True)), strict=True
+        )
     )
+    span = (high - low).where(high > low, 1.0)
     bottom, top = recipe.scale
-    return (image.clamp(low, high) - low) / (high - low or 1.0) * (top - bottom) + bottom
+    return (image.clamp(low, high) - low) / span * (top - bottom) + bottom

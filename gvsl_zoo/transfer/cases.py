@@ -233,18 +233,24 @@ def _from_nnunet(folder: Path) -> tuple[list[Case], dict[str, int]]:
         raise ArgumentError(cause, "regions and ignored voxels are not supported: give one whole number a label")
     cases = _paired(folder, "imagesTr", "labelsTr", (ending,), None)
     if (folder / "imagesTs").is_dir():
-        cases += _paired(folder, "imagesTs", "labelsTs", (ending,), "test")
-    if wrong := [case.name for case in cases if len(case.images) not in (1, channels)]:
+        cases += _paired(folder, "imagesTs", "labelsTs", (ending,), "test", channels)
+    if wrong := [case.name for case in cases if len(case.images) != channels]:
         raise ArgumentError(f"{str(folder)!r}: {listed(wrong)} lack some of {channels} channels", "add the files")
     return cases, pairs
 
 
-def _paired(folder: Path, images: str, labels: str, endings: tuple[str, ...], split: str | None) -> list[Case]:
-    """Cases of two folders of the same names; every training image needs its label."""
+def _paired(
+    folder: Path, images: str, labels: str, endings: tuple[str, ...], split: str | None, most: int = 10_000
+) -> list[Case]:
+    """Cases of two folders of the same names; every training image needs its label.
+
+    most: channels that there may be; a higher number is a part of the name.
+    """
     targets = named_files(folder / labels, endings) if split is None or (folder / labels).is_dir() else {}
     channels: dict[str, dict[int, Path]] = {}
     for name, path in named_files(folder / images, endings).items():
         match = None if name in targets else CHANNEL.fullmatch(name)
+        match = match if match and int(match[2]) < most else None
         case, channel = (match[1], int(match[2])) if match else (name, 0)
         if channel in channels.setdefault(case, {}):
             raise ArgumentError(f"{path.parent}: two files for channel {channel} of {case!r}", "keep one of them")

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ArgumentError, GvslZooError
+from ..errors import ArgumentError, GvslZooError, listed
 from ..film import FilmPreprocessing, flattened
 from ..inference.features import default_window, recipe_of
 from ..inference.segment import Scan, prepare_channels
@@ -18,7 +18,7 @@ from ..inference.sliding import Progress, device_of, evaluate, ready_copy
 from ..models.heads import ClassificationModel
 from ..registry import Label
 from ..volume import dicom_files
-from .cases import ENDINGS, named_files, read_cases, without_ending
+from .cases import CHANNEL, ENDINGS, named_files, read_cases, without_ending
 from .data import middle_box
 
 Scans = dict[str, tuple[Path, ...]]  # of a case, a file a channel
@@ -60,26 +60,42 @@ def classify_all(
     return found, failed
 
 
-def scans_at(path: Path, *, films: bool) -> Scans:
+def scans_at(path: Path, *, films: bool, channels: int = 1) -> Scans:
     """The scans to classify, by case: one file, a DICOM series, those in a folder, or those of a data set's CSV.
 
     Of a CSV, as `read_cases` takes it, the test cases count if there are any. In a folder of films every DICOM file is
-    one.
+    one. For a model of several channels NAME_0000.nii.gz, NAME_0001.nii.gz, ... are one scan, as for nnU-Net.
 
-    Errors: ArgumentError where there are none.
+    Errors: ArgumentError where there are none, or one lacks the file of a channel.
     """
     if path.suffix.lower() == ".csv":
         cases = read_cases(path, task="classification")
         chosen = [case for case in cases if case.split == "test"] or list(cases)
         return {case.name: case.images for case in chosen}
     if not path.is_dir() or (dicom_files(path) and not films):
-        return {without_ending(path.name)[0]: (path,)}
+        return by_channels([path], channels)
     files = [*named_files(path, ENDINGS).values(), *(dicom_files(path) if films else ())]
-    found: Scans = {without_ending(file.name)[0]: (file,) for file in files}
-    if len(found) < len(files):
+    found = by_channels(files, channels)
+    if len(found) < len(files) and channels == 1:
         raise ArgumentError(f"{str(path)!r} holds two files of one name", "list them in a CSV with a column case")
     if not found:
         raise ArgumentError(f"{str(path)!r} holds no {', '.join(ENDINGS)} or DICOM file", "give another folder")
+    return found
+
+
+def by_channels(files: Sequence[Path], channels: int) -> Scans:
+    """Files by case: one each, or for a model of several channels one a channel where their names say so."""
+    found: Scans = {}
+    for file in sorted(files):
+        name = without_ending(file.name)[0]
+        match = CHANNEL.fullmatch(name) if channels > 1 else None
+        case = match[1] if match else name
+        found[case] = (*found.get(case, ()), file) if match else (file,)
+    for case, paths in found.items():
+        numbered = [without_ending(path.name)[0] for path in paths]
+        wanted = [f"{case}_{number:04}" for number in range(channels)]
+        if channels > 1 and numbered not in ([case], wanted):
+            raise ArgumentError(f"{listed(numbered)} for a model of {channels} channels", f"give {listed(wanted)}")
     return found
 
 

@@ -280,7 +280,8 @@ def _reference_files(
     """Label files by case, the values to score by name, and scans and subjects by case, as far as these are known."""
     if not isinstance(references, Cases):
         path = Path(references)
-        if files := _label_files(path):
+        folders = any((path / name).is_dir() for name in ("imagesTr", "images"))  # of a data set
+        if not folders and (files := _label_files(path)):
             return files, {name: value for name, value in (labels or {}).items() if value}, {}, {}
         references = read_cases(path, labels=labels)
     cases = _to_score(references, Path)
