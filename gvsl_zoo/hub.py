@@ -60,11 +60,15 @@ class HubMeter(Meter):
 
 
 def endpoint() -> str:
-    """The Hub's address, or that of the mirror in HF_ENDPOINT; ArgumentError for one that is no address."""
-    address = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
-    if not address.startswith(("http://", "https://")):
-        raise ArgumentError(f"HF_ENDPOINT is {shown(address)!r}", "write it with https:// before it")
-    return address
+    """The Hub's address, or that of the mirror in HF_ENDPOINT."""
+    return (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+
+
+def _check_endpoint() -> None:
+    """Refuse an HF_ENDPOINT that is no address."""
+    if not endpoint().startswith(("http://", "https://")):
+        raise ArgumentError(f"HF_ENDPOINT is {shown(endpoint())!r}", "write it with https:// before it")
+    download.check_name_resolves(endpoint(), WHERE)
 
 
 def shown(url: str) -> str:
@@ -196,7 +200,7 @@ def _download(wanted: HubFile, meter: HubMeter, cache_dir: CacheDir, token: str 
             raise SourceError(f"{WHERE} {said}", "check the network, the name and the token")
         return path
 
-    download.check_name_resolves(endpoint(), WHERE)
+    _check_endpoint()
     try:
         with _metered(meter):
             return download.persist(meter, once)
@@ -400,7 +404,7 @@ def push(folder: Path, repo: str, *, token: str | None, private: bool, branch: s
         raise SourceError("there is no token on this machine", f"{LOG_IN} write to {repo}")
     size = sum(path.stat().st_size for path in folder.iterdir())
     meter = HubMeter(WHERE, size, patience=UPLOAD_SECONDS)
-    download.check_name_resolves(endpoint(), WHERE)
+    _check_endpoint()
     api = HfApi(endpoint=endpoint(), token=token, **CLIENT)
     with _of_a_push(), _metered(meter), _explained(repo), ExitStack() as files:
         _check_token(token)

@@ -578,7 +578,9 @@ def test_leftovers_of_killed_downloads_are_a_warning_until_the_next_one(own, kin
     place.parent.mkdir(parents=True)
     place.write_bytes(bytes(2_500_000))
     check = found("leftovers", folder)
-    assert check == Check("leftovers", "WARN", "1 partial files, 2.5 MB", "the next download sweeps them")
+    assert check == Check(
+        "leftovers", "WARN", "1 partial files, 2.5 MB", "the next download of the same model sweeps them"
+    )
     assert place.exists()
     {
         "upstream": lambda: with_upstream(tmp_path, folder),
