@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -834,7 +835,8 @@ def test_an_error_in_drawing_a_pair_arrives_as_it_is_with_its_cause_and_remedy(t
 def test_a_worker_that_was_killed_is_told_with_a_remedy(tmp_path):
     def kill(record):
         if record["step"] == 1:
-            os.kill(children(SimpleNamespace(pid=os.getpid()))[0], signal.SIGKILL)
+            for worker in multiprocessing.active_children():
+                worker.kill()
 
     with pytest.raises(TrainingError, match=r"draws ahead has died: .*give fewer --workers; --resume goes on from"):
         loop.pretrain(settings(500), tmp_path, device="cpu", workers=1, progress=kill)
