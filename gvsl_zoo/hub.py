@@ -65,7 +65,7 @@ def endpoint() -> str:
 
 
 def _check_endpoint() -> None:
-    """Refuse an HF_ENDPOINT that is no address."""
+    """Refuse an HF_ENDPOINT that is no address, or whose host cannot be found."""
     if not endpoint().startswith(("http://", "https://")):
         raise ArgumentError(f"HF_ENDPOINT is {shown(endpoint())!r}", "write it with https:// before it")
     download.check_name_resolves(endpoint(), WHERE)
